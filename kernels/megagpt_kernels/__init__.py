@@ -1,0 +1,1 @@
+"""Fused Triton kernels. This package knows nothing but torch and triton."""

@@ -1,0 +1,8 @@
+"""Entry point of pre-training: ``deepspeed train.py --ds_config ds_configs/cpu.json ...``; also torchrun, srun, python."""
+
+import sys
+
+from megagpt.train.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
