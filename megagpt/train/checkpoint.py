@@ -1,0 +1,371 @@
+"""Saving and loading a training run so that it goes on exactly where it was.
+
+The order of a save: every rank writes its shard and its random state into a hidden folder, hashing what it writes and
+forcing it to disk; all ranks agree that nothing failed; rank 0 writes the manifest and renames the folder. A process
+killed anywhere in between leaves the older checkpoints as they were.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megagpt import dist
+from megagpt.config.deepspeed import ResolvedConfig
+from megagpt.errors import CheckpointError, ConfigError, StorageError
+from megagpt.train import manifest
+
+FOLDER = "checkpoints"  # inside the run folder
+STATE = "megagpt_state.json"
+_HASH_APART = 1 << 20  # bytes from which hashing in a second thread beside the write pays
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: what a checkpoint holds beside weights, optimiser and random states."""
+
+    step: int = 0  # optimiser steps taken, skipped ones included
+    samples: int = 0  # windows consumed: the next one is sample number ``samples``
+    tokens: int = 0
+    best_loss: float | None = None  # lowest validation loss among the saved checkpoints
+    best_step: int | None = None
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+
+
+class HashingFile:
+    """A write-only file that hashes what passes through and remembers the first error of the disk.
+
+    torch.save reports a full disk as a broken archive; the error kept here says what it was.
+    """
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed by close()
+        self._pool = pool
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        hashing = self._pool.submit(self._digest.update, view) if len(view) >= _HASH_APART else None
+        try:
+            written = 0
+            while written < len(view):
+                written += self._file.write(view[written:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        finally:
+            # The memory is the caller's again when this call returns.
+            if hashing is not None:
+                hashing.result()
+        if hashing is None:
+            self._digest.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> str:
+        """Force the file to disk; its SHA-256 in hex."""
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        return self._digest.hexdigest()
+
+
+class Writer:
+    """Stands in for the save function of DeepSpeed's checkpoint engine: writes, hashes and syncs in one pass.
+
+    A failure is kept and not raised, for the other ranks wait in DeepSpeed's barrier; :meth:`raise_error` comes later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: list[manifest.FileEntry] = []
+        self.error: Exception | None = None
+
+    def save(self, state_dict, path) -> None:
+        if self.error is not None:
+            return
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            file = None
+            try:
+                file = HashingFile(Path(path), pool)
+                # The manifest's SHA-256 says more than the archive's CRC-32, which torch does not check on reading.
+                checked = torch.serialization.get_crc32_options()
+                torch.serialization.set_crc32_options(False)
+                try:
+                    torch.save(state_dict, file)
+                finally:
+                    torch.serialization.set_crc32_options(checked)
+                digest = file.close()
+                self.entries.append(manifest.FileEntry(str(Path(path).relative_to(self.folder)), file.size, digest))
+            except (OSError, RuntimeError) as error:
+                self.error = (file.error if file is not None else None) or error
+                if file is not None:
+                    file._file.close()
+
+    def add_existing(self, pattern: str) -> None:
+        """Hash files that something else wrote (states offloaded to NVMe are copied by DeepSpeed itself)."""
+        for path in sorted(self.folder.glob(pattern)):
+            if path.is_file():
+                manifest.fsync(path)
+                self.entries.append(manifest.hash_file(self.folder, str(path.relative_to(self.folder))))
+
+    def raise_error(self) -> None:
+        if isinstance(self.error, OSError):
+            raise StorageError(f"cannot write the checkpoint {self.folder}: {self.error.strerror or self.error}")
+        if self.error is not None:
+            raise StorageError(f"cannot write the checkpoint {self.folder}: {self.error}")
+
+
+def rng_state() -> dict:
+    """The state of every random generator of this rank: torch's of CPU and device, numpy's and Python's."""
+    version, words, gauss = random.getstate()
+    kind, keys, pos, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """The inverse of :func:`rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng_rank_{rank}.pt"
+
+
+def free_bytes_needed(n_params: int, config: ResolvedConfig) -> int:
+    """About what one checkpoint takes on disk: weights in their dtype, fp32 master copy and two moments."""
+    weights = 4 if config.precision == "fp32" else 2
+    master = 0 if config.precision == "fp32" and config.zero_stage == 0 else 4
+    return n_params * (weights + master + 8)
+
+
+def check_space(root: Path, needed: int) -> None:
+    """Raise StorageError where ``root`` cannot take ``needed`` more bytes."""
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise StorageError(
+            f"{root} has {free / 1e9:.2f} GB free and a checkpoint takes about {needed / 1e9:.2f} GB; "
+            f"free some space, lower --keep_last, or choose another --run_dir"
+        )
+
+
+def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, needed: int) -> Path:
+    """Write the checkpoint of ``state.step`` under ``root`` and return its folder; every rank calls it.
+
+    Raises StorageError on every rank when any rank could not write; nothing that was there before is touched then.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    final, tmp = root / manifest.tag_name(state.step), root / manifest.tmp_name(state.step)
+    if final.is_dir() and manifest.problem(final) is None:
+        return final
+    dist.everywhere(lambda: _prepare_folder(root, tmp, needed) if rank == 0 else None)
+
+    writer = Writer(tmp)
+    engine.checkpoint_engine.save = writer.save
+    # Without this key DeepSpeed's converter to other numbers of ranks refuses ZeRO-1 and 2.
+    client_state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+    engine.save_checkpoint(str(root), tag=tmp.name, client_state=client_state, save_latest=False)
+    writer.save(rng_state(), tmp / _rng_name(rank))
+    dist.everywhere(lambda: _finish_rank(writer, tmp, rank, state))
+
+    shares: list = [None] * world_size
+    torch.distributed.all_gather_object(shares, [asdict(entry) for entry in writer.entries])
+    entries = [manifest.FileEntry(**entry) for share in shares for entry in share]
+    dist.everywhere(lambda: _commit(tmp, final, entries, state, config, world_size) if rank == 0 else None)
+    return final
+
+
+def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        check_space(root, needed)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+    except OSError as error:
+        raise StorageError(f"cannot write checkpoints to {root}: {error.strerror}") from None
+
+
+def _finish_rank(writer: Writer, tmp: Path, rank: int, state: TrainState) -> None:
+    try:
+        writer.add_existing(f"offloaded_tensors/rank{rank:02d}/**/*")
+        if rank == 0:
+            manifest.write_atomically(tmp / STATE, json.dumps(asdict(state), indent=1))
+            writer.entries.append(manifest.hash_file(tmp, STATE))
+    except OSError as error:
+        writer.error = writer.error or error
+    try:
+        writer.raise_error()
+    except StorageError:
+        shutil.rmtree(tmp, ignore_errors=True)  # a partial checkpoint would eat the space that is missing
+        raise
+
+
+def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, world_size: int) -> None:
+    header = {
+        "step": state.step,
+        "world_size": world_size,
+        "zero_stage": config.zero_stage,
+        "precision": config.precision,
+        "model": state.model,
+        "data": state.data,
+    }
+    try:
+        if final.exists():  # a damaged checkpoint of this very step: the good one takes its place
+            shutil.rmtree(final)
+        manifest.commit(tmp, final, entries, header)
+        manifest.write_latest(final.parent, state.step)
+    except OSError as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise StorageError(f"cannot commit the checkpoint {final}: {error.strerror}") from None
+
+
+def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under ``root`` that verifies, and one line for each newer one that does not.
+
+    Every rank calls it; each hashes its share of the files. Raises CheckpointError when there are checkpoints and
+    none is intact: starting again from step 0 would throw the run away.
+    """
+    skipped = []
+    for folder in manifest.folders(root):
+        reason = _problem_everywhere(folder)
+        if reason is None:
+            return folder, skipped
+        skipped.append(f"skipped checkpoint {folder.name}: {reason}")
+    if skipped:
+        raise CheckpointError(
+            f"no checkpoint under {root} is intact ({'; '.join(skipped)}); restore one from a copy, "
+            "or start again with --resume never in another --run_dir"
+        )
+    return None, skipped
+
+
+def _problem_everywhere(folder: Path) -> str | None:
+    if not torch.distributed.is_initialized():
+        return manifest.problem(folder)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list = [None] * world_size
+    torch.distributed.all_gather_object(found, manifest.problem(folder, part=rank, parts=world_size))
+    return next((reason for reason in found if reason), None)
+
+
+def load(engine, folder: Path, config: ResolvedConfig) -> TrainState:
+    """Load weights, optimiser, loss scaler and random states of an intact checkpoint into ``engine``; its state."""
+    header = manifest.read(folder)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    differing = [
+        f"{what} {found} in the checkpoint and {wanted} now"
+        for what, found, wanted in (
+            ("number of ranks", header["world_size"], world_size),
+            ("ZeRO stage", header["zero_stage"], config.zero_stage),
+            ("precision", header["precision"], config.precision),
+        )
+        if found != wanted
+    ]
+    if differing:
+        raise ConfigError(
+            f"cannot resume {folder}: {', '.join(differing)}; use the settings it was saved with, or start a new run "
+            f"from its weights with --init_from {folder} --run_dir <new folder>"
+        )
+    state = read_state(folder)
+    allow_checkpoint_classes()
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
+    set_rng_state(torch.load(folder / _rng_name(rank), weights_only=True))
+    return state
+
+
+def read_state(folder: Path) -> TrainState:
+    """The part of a checkpoint that is no tensor."""
+    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def allow_checkpoint_classes() -> None:
+    """Name the four plain classes that DeepSpeed puts in its checkpoints; everything else in a pickle is refused."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint folder meant by ``path``: itself, or the newest intact one of a run folder.
+
+    Raises CheckpointError when there is none.
+    """
+    if manifest.step_of(path) is not None and path.is_dir():
+        reason = _problem_everywhere(path)
+        if reason:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
+        return path
+    root = path / FOLDER if (path / FOLDER).is_dir() else path
+    folder, _ = newest_intact(root)
+    if folder is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a run folder, one of its checkpoints/global_step* folders "
+            "or a .safetensors file"
+        )
+    return folder
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Full weights in fp32, whatever ZeRO stage they were saved under, and the model's settings.
+
+    ``path`` is a run folder (its newest intact checkpoint), a checkpoint folder, or a .safetensors file (whose
+    settings are in its metadata under ``config``). Raises CheckpointError when there is nothing usable.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    folder = locate(path)
+    state, header = read_state(folder), manifest.read(folder)
+    from megagpt.train.engine import import_deepspeed
+
+    import_deepspeed()
+    allow_checkpoint_classes()
+    if header["zero_stage"] == 0:
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu", mmap=True)
+        weights = saved["module"]
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {name: tensor.float() for name, tensor in weights.items()}, state.model
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get("config", "{}"))
+            return {name: file.get_tensor(name).float() for name in file.keys()}, settings  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from None

@@ -1,0 +1,143 @@
+"""The DeepSpeed engine: how it is started, built and asked. The only module of training that imports DeepSpeed.
+
+DeepSpeed is imported inside functions: it takes seconds, and every mistake a user can make in flags, settings and data
+is reported before.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config.deepspeed import ResolvedConfig
+from megagpt.dist import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, told which device to use and kept from printing what a user need not read."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The logger prints dozens of lines a start; its handlers exist only after the import, so the level is set by name.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="deepspeed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("MEGAGPT_DEEPSPEED_LOG", "WARNING"))
+    return deepspeed
+
+
+def device_of(world: World) -> torch.device:
+    """The device of this rank. A task that sees one GPU uses it whatever its local rank is (``--gpus-per-task``)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = 0 if torch.cuda.device_count() == 1 else world.local_rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def start_distributed(world: World, timeout_minutes: float) -> None:
+    """Start the process group over which DeepSpeed communicates: gloo on CPUs, NCCL on GPUs."""
+    deepspeed = import_deepspeed()
+    if not torch.cuda.is_available():
+        # On a CPU DeepSpeed compiles a shared-memory all-reduce at every first start, hangs for ever on a lock that a
+        # killed build left behind, and leaves 69 MB a rank in /dev/shm. (`import deepspeed.comm.torch` gives another
+        # module, hence sys.modules.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+
+
+def stop_distributed() -> None:
+    """Leave the process group together, so that no rank sees its peers vanish while it still works."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def sharded_construction(config: ResolvedConfig):
+    """Under ZeRO-3 each module's parameters are split over the ranks as soon as the module is constructed."""
+    if config.zero_stage < 3:
+        yield
+        return
+    with import_deepspeed().zero.Init(config_dict_or_path=config.config):
+        yield
+
+
+def adam_class(device: torch.device, offloaded: bool) -> type | str:
+    """DeepSpeed's compiled Adam for where the optimiser states live, or the reason why it is not used."""
+    if device.type == "cpu":
+        return "torch's own is used on CPUs: it needs no compiler"
+    import_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+
+    builder = CPUAdamBuilder() if offloaded else FusedAdamBuilder()
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # a compiler, nvcc or ninja is missing or fails, each with an exception of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{builder.name} does not build: {reason}"
+    return DeepSpeedCPUAdam if offloaded else FusedAdam
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: ResolvedConfig):
+    """The DeepSpeed engine over ``model`` and ``optimizer``; ``config.config`` has no "auto" left in it."""
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config.config)
+    # With the monitor on, the engine itself writes and flushes the rate at every step; the run's log does it instead.
+    engine.monitor.enabled = False
+    if engine.dp_world_size == 1 and config.zero_stage == 0:
+        # Alone, the all-reduce is two copies of every gradient.
+        engine.enable_backward_allreduce = False
+    return engine
+
+
+def is_unsharded_fp32(config: ResolvedConfig) -> bool:
+    """True where DeepSpeed steps the plain optimiser, without the finite check and norm that its own wrappers have."""
+    return config.zero_stage == 0 and config.precision == "fp32"
+
+
+def grad_norm(engine) -> float | None:
+    """The global norm of the last update's gradients before clipping, or None where the engine has not computed it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def loss_scale(engine) -> float | None:
+    """The current fp16 loss scale, or None in other precisions."""
+    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a scalar over all ranks (in place)."""
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+@contextmanager
+def full_parameters(model: nn.Module, config: ResolvedConfig, *, modify: bool = False):
+    """Inside, every parameter of ``model`` is whole on every rank; with ``modify`` rank 0's values are kept.
+
+    Only ZeRO-3 splits them; elsewhere nothing happens.
+    """
+    if config.zero_stage < 3:
+        yield
+        return
+    gathered = import_deepspeed().zero.GatheredParameters
+    with gathered(list(model.parameters()), modifier_rank=0 if modify else None):
+        yield

@@ -1,0 +1,222 @@
+"""The training loop: fetch, forward, backward, step, then log, evaluate, save."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagpt import dist
+from megagpt.errors import NumericError, StorageError
+from megagpt.train import checkpoint, manifest
+from megagpt.train import engine as deepspeed_engine
+from megagpt.train.batches import MicroBatches
+from megagpt.train.schedule import Schedule
+
+_MAX_SKIPPED = 10  # updates without a finite gradient in a row after which a run stops
+_MAX_FAILED_SAVES = 3  # periodic saves that may fail in a row
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When things happen, in optimiser steps; 0 means never."""
+
+    total: int
+    log: int
+    evaluate: int
+    save: int
+    keep_last: int
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class Loop:
+    """One training run from ``state.step`` to ``intervals.total``.
+
+    ``evaluate()`` returns {name: {"loss": ...}} over the validation sets (empty without any) and leaves the model in
+    training mode and every random generator as it was.
+    """
+
+    def __init__(
+        self,
+        engine,
+        config,
+        *,
+        batches: MicroBatches,
+        plan,
+        schedule: Schedule,
+        base_rates: list[float],
+        intervals: Intervals,
+        state: checkpoint.TrainState,
+        root: Path,
+        checkpoint_bytes: int,
+        evaluate: Callable[[], dict[str, dict]],
+        log,
+        tokens_per_sample: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.batches = batches
+        self.plan = plan
+        self.schedule = schedule
+        self.base_rates = base_rates
+        self.intervals = intervals
+        self.state = state
+        self.root = root
+        self.checkpoint_bytes = checkpoint_bytes
+        self.evaluate = evaluate
+        self.log = log
+        self.tokens_per_step = plan.global_batch * tokens_per_sample
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.last_valid: dict[str, dict] = {}
+        self._failed_saves = 0
+        self._skipped_in_a_row = 0
+        self._mark_time()
+
+    def run(self) -> None:
+        """Train to the end. Raises NumericError, StorageError, or whatever broke; saved work stays saved."""
+        self.engine.train()
+        try:
+            while self.state.step < self.intervals.total:
+                loss = self._step()
+                self._after_step(loss)
+        finally:
+            self.batches.close()
+
+    # one optimiser step -----------------------------------------------------------------------------------------
+
+    def _step(self) -> Tensor:
+        """Forward, backward and update over one global batch; this rank's mean loss, not yet read from the device."""
+        self._set_rates()
+        loss = 0.0
+        skipped = self.engine.skipped_steps
+        for _ in range(self.plan.accumulation):
+            ids = self.batches.next()
+            micro_loss = self.engine(ids[:, :-1], ids[:, 1:])
+            self.engine.backward(micro_loss)
+            self._engine_step()
+            loss = loss + micro_loss.detach()
+        self.state.step += 1
+        self.state.samples += self.plan.global_batch
+        self.state.tokens += self.tokens_per_step
+        self._count_skipped(self.engine.skipped_steps - skipped)
+        return loss / self.plan.accumulation
+
+    def _set_rates(self) -> None:
+        """Every group's rate for the coming update; an update that was skipped has not advanced the schedule."""
+        multiplier = self.schedule.multiplier(self.state.step - self.engine.skipped_steps)
+        for group, rate in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * multiplier
+
+    def _engine_step(self) -> None:
+        try:
+            self.engine.step()
+        except Exception as error:
+            # DeepSpeed raises a bare Exception when fp16's loss scale has nowhere left to go.
+            if "loss scale" not in str(error):
+                raise
+            raise NumericError(
+                f"step {self.state.step + 1}: the fp16 loss scale fell to its minimum and gradients still overflow; "
+                "use bf16, a lower --lr or a longer --warmup_steps, and resume from the last checkpoint"
+            ) from None
+
+    def _count_skipped(self, skipped: int) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        # fp16 finds its loss scale by overflowing; its own floor ends a hopeless run.
+        if self._skipped_in_a_row >= _MAX_SKIPPED and self.config.precision != "fp16":
+            raise NumericError(
+                f"step {self.state.step}: {_MAX_SKIPPED} updates in a row had gradients that are not finite and were "
+                "skipped; lower --lr, lengthen --warmup_steps or look at the data, and resume from the last checkpoint"
+            )
+
+    # what happens between steps ---------------------------------------------------------------------------------
+
+    def _after_step(self, loss: Tensor) -> None:
+        step, last = self.state.step, self.state.step >= self.intervals.total
+        if due(step, self.intervals.log) or last:
+            self._log(loss)
+        evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
+        if due(step, self.intervals.save) or last:
+            self._save(final=last, evaluated=evaluated)
+
+    def _log(self, loss: Tensor) -> None:
+        mean = float(deepspeed_engine.mean_over_ranks(loss))  # waits for the device: the clock is read after it
+        steps = self.state.step - self._marked_step
+        seconds = max(time.perf_counter() - self._marked_time, 1e-9)
+        tokens_per_s = steps * self.tokens_per_step / seconds
+        record = {
+            "step": self.state.step,
+            "loss": mean,
+            "lr": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
+            "grad_norm": deepspeed_engine.grad_norm(self.engine),
+            "loss_scale": deepspeed_engine.loss_scale(self.engine),
+            "skipped_steps": self.engine.skipped_steps,
+            "tokens": self.state.tokens,
+            "samples": self.state.samples,
+            "tokens_per_s": tokens_per_s,
+            "step_ms": 1e3 * seconds / steps,
+            "data_ms": 1e3 * (self.batches.wait_s - self._marked_wait) / steps,
+            "memory_gb": memory_gb(),
+        }
+        if self.peak_flops:
+            record["mfu"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.plan.world_size)
+        self.log.train(record)
+        self._mark_time()
+
+    def run_evaluation(self) -> bool:
+        """Evaluate and log; False when there is no validation set."""
+        results = self.evaluate()
+        for name, record in results.items():
+            self.log.valid(name, record, self.state.step)
+        self.last_valid = results
+        self._mark_time()
+        return bool(results)
+
+    def _mark_time(self) -> None:
+        """From here on counts for the next log line: evaluation and saving are not part of a step's time."""
+        self._marked_time = time.perf_counter()
+        self._marked_step = self.state.step
+        self._marked_wait = self.batches.wait_s
+
+    # saving -----------------------------------------------------------------------------------------------------
+
+    def _save(self, *, final: bool, evaluated: bool) -> None:
+        if evaluated:
+            self._note_best()
+        begun = time.perf_counter()
+        try:
+            folder = checkpoint.save(self.engine, self.root, self.state, self.config, needed=self.checkpoint_bytes)
+        except StorageError as error:
+            self._failed_saves += 1
+            if final or self._failed_saves >= _MAX_FAILED_SAVES:
+                raise
+            self.log.message(f"WARNING: checkpoint of step {self.state.step} failed, going on: {error}")
+            return
+        self._failed_saves = 0
+        self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
+        keep = {self.state.best_step} - {None}
+        if dist.is_main():
+            manifest.prune(self.root, self.intervals.keep_last, keep)
+        self._mark_time()
+
+    def _note_best(self) -> None:
+        """The best checkpoint is the saved one with the lowest mean loss over the validation sets at its own step."""
+        loss = sum(record["loss"] for record in self.last_valid.values()) / len(self.last_valid)
+        if self.state.best_loss is None or loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+
+
+def memory_gb() -> float:
+    """Peak device memory in use, or on a CPU the peak resident memory of this process, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
