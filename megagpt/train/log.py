@@ -1,0 +1,127 @@
+"""The log of a run: metrics.jsonl, the console, and DeepSpeed's monitors (TensorBoard, wandb, csv, comet).
+
+Rank 0 writes; on the other ranks every call does nothing. What fails to be logged never stops the training.
+"""
+
+from pathlib import Path
+
+from megagpt.train import report
+from megagpt.train.console import open_console
+from megagpt.train.metrics import MetricsFile
+
+_SCALARS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "loss_scale": "train/loss_scale",
+    "skipped_steps": "train/skipped_steps",
+    "tokens": "train/tokens",
+    "samples": "train/samples",
+    "tokens_per_s": "perf/tokens_per_s",
+    "step_ms": "perf/step_ms",
+    "data_ms": "perf/data_ms",
+    "mfu": "perf/mfu",
+    "memory_gb": "mem/peak_gb",
+}
+_CLASSIC = ("loss", "train_loss"), ("lr", "lr"), ("loss_scale", "loss_scale")
+
+
+class RunLog:
+    """Where the training loop reports to.
+
+    ``monitor`` is the engine's: anything with ``write_events([(tag, value, x), ...])``. ``start_step`` is the step of
+    the checkpoint the run goes on from; what an earlier start logged after it is removed.
+    Raises StorageError when the run folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        total_steps: int,
+        is_main: bool,
+        monitor=None,
+        start_step: int = 0,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.is_main = is_main
+        self._monitor = monitor if is_main else None
+        self._failed: set[str] = set()
+        if is_main:
+            self._metrics = MetricsFile(self.run_dir, start_step)
+            self._console = open_console(total_steps, start_step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def train(self, record: dict) -> None:
+        """Log one training record, as :mod:`megagpt.train.loop` makes it: step, loss, lr {group: rate}, samples, ..."""
+        if not self.is_main:
+            return
+        record = {key: value for key, value in record.items() if not (key == "mfu" and value is None)}
+        self._write(record)
+        self._console.train(record)
+        self._send(_train_events(record))
+
+    def valid(self, name: str, record: dict, step: int) -> None:
+        """Log what the evaluation on the validation set ``name`` gave at ``step``: loss, ppl, bits_per_byte, ..."""
+        if not self.is_main:
+            return
+        named = {f"valid/{name}/{key}": value for key, value in record.items()}
+        self._write({"step": step, **named})
+        self._console.valid(name, record, step)
+        self._send([(tag, value, step) for tag, value in named.items()])
+
+    def message(self, text: str) -> None:
+        """Show one line to the user."""
+        if self.is_main:
+            self._console.message(text)
+
+    def finish(self, summary: dict) -> dict:
+        """Write summary.json, summary.md and loss.png from ``summary`` and the metrics; return the whole summary."""
+        if not self.is_main:
+            return summary
+        self.close()
+        return report.write_summary(self.run_dir, summary)
+
+    def close(self) -> None:
+        """End the bar and close the files; a second call does nothing."""
+        if self.is_main:
+            self._console.close()
+            self._metrics.close()
+
+    def _write(self, record: dict) -> None:
+        try:
+            self._metrics.write(record)
+        except OSError as error:
+            self._warn_once("metrics.jsonl", f"cannot be written ({error.strerror})")
+
+    def _send(self, events: list[tuple]) -> None:
+        if self._monitor is None:
+            return
+        try:
+            self._monitor.write_events(events)
+        except Exception as error:  # each monitor has its own: a full disk, a lost network, a service's refusal
+            self._monitor = None
+            self._warn_once("the monitor", f"failed and is off from here on ({error})")
+
+    def _warn_once(self, what: str, problem: str) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            self._console.message(f"WARNING: {what} {problem}; training goes on")
+
+
+def _train_events(record: dict) -> list[tuple]:
+    """(tag, value, x) of a training record: ours over steps, and DeepSpeed's classic names over consumed samples."""
+    rates = record["lr"]
+    events = [(f"train/lr/{group}", rate, record["step"]) for group, rate in rates.items()]
+    events += [(tag, record[key], record["step"]) for key, tag in _SCALARS.items() if record.get(key) is not None]
+    classic = {**record, "lr": max(rates.values())}
+    events += [
+        (f"Train/Samples/{name}", classic[key], record["samples"])
+        for key, name in _CLASSIC
+        if classic.get(key) is not None
+    ]
+    return events
