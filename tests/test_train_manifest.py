@@ -1,0 +1,113 @@
+"""Checkpoint folders: what is found damaged, what is kept, what a rename promises."""
+
+import json
+import random
+
+import pytest
+
+from megagpt.train import manifest
+
+
+def make(root, step, files=None):
+    """A committed checkpoint of ``step`` with ``files`` {name: bytes}."""
+    files = files or {"a.pt": b"x" * 5000, "sub/b.pt": b"y" * 70_000}
+    tmp = root / manifest.tmp_name(step)
+    for name, content in files.items():
+        (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp / name).write_bytes(content)
+    entries = [manifest.hash_file(tmp, name) for name in files]
+    manifest.commit(tmp, root / manifest.tag_name(step), entries, {"step": step})
+    return root / manifest.tag_name(step)
+
+
+def test_a_committed_checkpoint_verifies_and_any_split_of_the_work_agrees(tmp_path):
+    folder = make(tmp_path, 7)
+    assert manifest.problem(folder) is None
+    (folder / "sub/b.pt").write_bytes(b"z" * 70_000)
+    assert manifest.problem(folder, part=0, parts=2) is None  # the part that does not hold the damage
+    assert "SHA-256" in manifest.problem(folder, part=1, parts=2)
+
+
+def test_every_random_corruption_is_found(tmp_path):
+    random.seed(0)
+    good = make(tmp_path, 1)
+    contents = {p: p.read_bytes() for p in good.rglob("*") if p.is_file()}
+    for _ in range(150):
+        path = random.choice(sorted(contents))
+        data = bytearray(contents[path])
+        kind = random.choice(["bit", "hole", "truncate", "delete", "append", "swap"])
+        if kind == "bit":
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        elif kind == "hole":
+            at = random.randrange(len(data))
+            data[at : at + 64] = b"\0" * len(data[at : at + 64])
+        elif kind == "truncate":
+            del data[random.randrange(len(data)) :]
+        elif kind == "append":
+            data += b"\1"
+        elif kind == "swap":
+            data = bytearray(contents[random.choice([p for p in contents if p != path])])
+        path.unlink() if kind == "delete" else path.write_bytes(data)
+        harmless = path.exists() and (data == contents[path] or _same_promises(path, data, contents[path]))
+        assert manifest.problem(good) or harmless, f"{kind} of {path.name} went unnoticed"
+        path.write_bytes(contents[path])
+    assert manifest.problem(good) is None
+
+
+def _same_promises(path, data, original):
+    """A flipped bit of the manifest can hit what promises nothing: a space, a field for the reader."""
+    if path.name != manifest.MANIFEST:
+        return False
+    try:
+        changed, before = json.loads(data), json.loads(original)
+    except ValueError:
+        return False
+    return all(changed.get(key) == before[key] for key in ("files", "format", "step"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: m.clear(), "lists no files"),
+        (lambda m: m.update(format=99), "its format is 99"),
+        (lambda m: m.update(step=3), "its manifest is of step 3"),
+        (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "impossible entry"),
+        (lambda m: m["files"].update({"a.pt": 5}), "impossible entry"),
+    ],
+)
+def test_an_edited_manifest_is_refused_with_its_reason(tmp_path, edit, words):
+    folder = make(tmp_path, 2)
+    content = json.loads((folder / manifest.MANIFEST).read_text())
+    edit(content)
+    (folder / manifest.MANIFEST).write_text(json.dumps(content))
+    assert words in manifest.problem(folder)
+
+
+def test_only_whole_folders_with_a_step_name_count_and_links_do_not(tmp_path):
+    make(tmp_path, 9)
+    make(tmp_path, 10)
+    (tmp_path / "global_step11").symlink_to(tmp_path / "global_step9")
+    (tmp_path / "global_stepx").mkdir()
+    (tmp_path / manifest.tmp_name(12)).mkdir()
+    (tmp_path / "global_step13").write_text("a file")
+    assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [10, 9]
+    assert [p.name for p in manifest.remove_leftovers(tmp_path)] == [manifest.tmp_name(12)]
+    assert not (tmp_path / manifest.tmp_name(12)).exists()
+
+
+def test_pruning_keeps_the_newest_and_the_named_and_nothing_that_is_not_ours(tmp_path):
+    for step in range(1, 7):
+        make(tmp_path, step)
+    (tmp_path / "notes").mkdir()
+    assert manifest.prune(tmp_path, keep_last=3, keep={2}) == [3, 1]
+    assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [6, 5, 4, 2]
+    assert (tmp_path / "notes").is_dir()
+    manifest.prune(tmp_path, keep_last=0, keep=set())
+    assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [6, 5], "two always stay"
+
+
+def test_latest_is_replaced_whole(tmp_path):
+    manifest.write_latest(tmp_path, 5)
+    manifest.write_latest(tmp_path, 6)
+    assert (tmp_path / "latest").read_text() == "global_step6"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest"]
