@@ -1,0 +1,39 @@
+# TORCH names the torch build that a fresh environment gets; for a certain CUDA: make install TORCH='torch==2.13.0+cu130'
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install quickstart test lint bench clean
+
+help:
+	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
+	@echo "make test         install and run the tests"
+	@echo "make lint         check style"
+	@echo "make bench        measure training and data preparation on this CPU"
+	@echo "make install      only create $(VENV)"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[all,dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m megagpt.tools.quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python kernels/benchmarks/cpu_data.py && $(BIN)/python kernels/benchmarks/cpu_train.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
