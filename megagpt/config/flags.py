@@ -1,0 +1,105 @@
+"""Flags from a dataclass: names with ``-`` or ``_``, and one line of text for whatever is wrong with them."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields
+from typing import TypeVar
+
+from megagpt.errors import ConfigError, nearest
+
+Settings = TypeVar("Settings")
+
+_FLAG = re.compile(r"--?[A-Za-z]")  # a negative number is a value
+
+
+def parse_flags(
+    cls: type[Settings],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    aliases: Mapping[str, str] | None = None,
+    bare: Mapping[str, str] | None = None,
+) -> Settings:
+    """An instance of the dataclass ``cls`` from ``argv`` (the process's own arguments when None).
+
+    ``aliases`` maps other names of a flag to its name, ``bare`` the flags that may stand without a value to the value
+    they then have. ``--local_rank``, which launchers add anywhere, is dropped. ``--help`` prints and exits.
+    Raises ConfigError for an unknown flag, a missing one or a value that does not fit.
+    """
+    import tyro
+
+    args = _normalise(sys.argv[1:] if argv is None else argv, aliases or {}, bare or {})
+    wants_help = any(arg in ("-h", "--help") for arg in args)
+    if not wants_help:
+        _refuse_unknown(args, [field.name for field in fields(cls)], prog)
+    # Every rank parses the same flags; one of them answers --help.
+    silent = wants_help and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            settings, unknown = tyro.cli(
+                cls,
+                args=args,
+                prog=prog,
+                use_underscores=True,
+                return_unknown_args=True,
+                console_outputs=not silent,
+                config=(tyro.conf.DisallowNone,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{_sentence(messages.getvalue())}; {prog} --help lists the flags") from None
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} belongs to no flag; {prog} --help lists the flags")
+    return settings
+
+
+def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[str, str]) -> list[str]:
+    """Flags under their own names with underscores, without ``--local_rank``, each followed by its value."""
+    args: list[str] = []
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            args.append(arg)
+            continue
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        name = aliases.get(name, name)
+        followed = bool(rest) and not _FLAG.match(rest[0])
+        if name == "local_rank":
+            if not equals and followed:
+                rest.pop(0)
+            continue
+        args.append(f"--{name}")
+        if equals:
+            args.append(value)
+        elif name in bare and not followed:
+            args.append(bare[name])
+    return args
+
+
+def _refuse_unknown(args: Sequence[str], known: Sequence[str], prog: str) -> None:
+    names = [arg.lstrip("-") for arg in args if _FLAG.match(arg)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(f"--{name[:80]}{nearest(name[:80], known).replace(chr(39), '')}" for name in unknown[:5])
+        raise ConfigError(f"unknown flag {listed}; {prog} --help lists the flags")
+
+
+def _sentence(box: str) -> str:
+    """The message inside the frame that tyro prints, as one line."""
+    lines = []
+    for line in box.splitlines():
+        text = line.strip(" │╭╮╰╯─")
+        if "│" not in line:
+            continue
+        if not text and "──" in line:  # what follows repeats the help text
+            break
+        lines.append(text)
+    return " ".join(" ".join(lines).split()).rstrip(". ") or "the flags could not be read"
