@@ -120,8 +120,9 @@ def open_console(total_steps: int, start_step: int) -> Lines | Bar:
 
 
 def _valid_fields(record: dict) -> str:
-    labels = {"loss": "loss", "ppl": "ppl", "word_ppl": "word ppl", "bits_per_byte": "bits per byte"}
-    return " | ".join(f"{label}: {record[key]:.4f}" for key, label in labels.items() if key in record)
+    formats = {"loss": "loss: {:.4f}", "ppl": "ppl: {:.2f}", "word_ppl": "word ppl: {:.2f}"}
+    formats["bits_per_byte"] = "bits per byte: {:.4f}"
+    return " | ".join(text.format(record[key]) for key, text in formats.items() if key in record)
 
 
 def _short(n: float) -> str:

@@ -5,7 +5,7 @@ Rank 0 writes; on the other ranks every call does nothing. What fails to be logg
 
 from pathlib import Path
 
-from megagpt.train import report
+from megagpt.train import events, report
 from megagpt.train.console import open_console
 from megagpt.train.metrics import MetricsFile
 
@@ -29,7 +29,7 @@ class RunLog:
     """Where the training loop reports to.
 
     ``monitor`` is the engine's: anything with ``write_events([(tag, value, x), ...])``. ``start_step`` is the step of
-    the checkpoint the run goes on from; what an earlier start logged after it is removed.
+    the checkpoint the run goes on from; what an earlier start logged after it is removed, for it happens again.
     Raises StorageError when the run folder cannot be written.
     """
 
@@ -47,14 +47,21 @@ class RunLog:
         self._monitor = monitor if is_main else None
         self._failed: set[str] = set()
         if is_main:
-            self._metrics = MetricsFile(self.run_dir, start_step)
+            last_step = start_step or -1  # a run that starts anew repeats its evaluation of step 0 too
+            self._metrics = MetricsFile(self.run_dir, last_step)
             self._console = open_console(total_steps, start_step)
+            self._cut_tensorboard(last_step)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+    def describe(self, description: dict, *, start_step: int, world_size: int) -> None:
+        """Write run.json: ``description`` (settings, model, data, ds_config, ...), versions, devices, git commit."""
+        if self.is_main:
+            report.write_run(self.run_dir, description, start_step=start_step, world_size=world_size)
 
     def train(self, record: dict) -> None:
         """Log one training record, as :mod:`megagpt.train.loop` makes it: step, loss, lr {group: rate}, samples, ..."""
@@ -63,7 +70,7 @@ class RunLog:
         record = {key: value for key, value in record.items() if not (key == "mfu" and value is None)}
         self._write(record)
         self._console.train(record)
-        self._send(_train_events(record))
+        self._send(_train_scalars(record))
 
     def valid(self, name: str, record: dict, step: int) -> None:
         """Log what the evaluation on the validation set ``name`` gave at ``step``: loss, ppl, bits_per_byte, ..."""
@@ -92,17 +99,26 @@ class RunLog:
             self._console.close()
             self._metrics.close()
 
+    def _cut_tensorboard(self, last_step: int) -> None:
+        tensorboard = getattr(self._monitor, "tb_monitor", None)
+        if tensorboard is None or tensorboard.summary_writer is None:
+            return
+        try:
+            events.truncate(Path(tensorboard.summary_writer.log_dir), last_step)
+        except OSError as error:
+            self._warn_once("TensorBoard's events", f"of an earlier start cannot be cut back ({error.strerror})")
+
     def _write(self, record: dict) -> None:
         try:
             self._metrics.write(record)
         except OSError as error:
             self._warn_once("metrics.jsonl", f"cannot be written ({error.strerror})")
 
-    def _send(self, events: list[tuple]) -> None:
+    def _send(self, scalars: list[tuple]) -> None:
         if self._monitor is None:
             return
         try:
-            self._monitor.write_events(events)
+            self._monitor.write_events(scalars)
         except Exception as error:  # each monitor has its own: a full disk, a lost network, a service's refusal
             self._monitor = None
             self._warn_once("the monitor", f"failed and is off from here on ({error})")
@@ -113,15 +129,15 @@ class RunLog:
             self._console.message(f"WARNING: {what} {problem}; training goes on")
 
 
-def _train_events(record: dict) -> list[tuple]:
+def _train_scalars(record: dict) -> list[tuple]:
     """(tag, value, x) of a training record: ours over steps, and DeepSpeed's classic names over consumed samples."""
     rates = record["lr"]
-    events = [(f"train/lr/{group}", rate, record["step"]) for group, rate in rates.items()]
-    events += [(tag, record[key], record["step"]) for key, tag in _SCALARS.items() if record.get(key) is not None]
+    scalars = [(f"train/lr/{group}", rate, record["step"]) for group, rate in rates.items()]
+    scalars += [(tag, record[key], record["step"]) for key, tag in _SCALARS.items() if record.get(key) is not None]
     classic = {**record, "lr": max(rates.values())}
-    events += [
+    scalars += [
         (f"Train/Samples/{name}", classic[key], record["samples"])
         for key, name in _CLASSIC
         if classic.get(key) is not None
     ]
-    return events
+    return scalars

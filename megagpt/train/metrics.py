@@ -6,10 +6,10 @@ A number that is not finite (the loss of a broken step, the norm of a skipped on
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 
 from megagpt.errors import StorageError
+from megagpt.train.manifest import write_atomically
 
 NAME = "metrics.jsonl"
 
@@ -27,26 +27,21 @@ def read(path: Path) -> list[dict]:
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Keep the records up to ``last_step``, none for 0: what came later happens again. Old or new file, never less."""
+    """Keep the records up to ``last_step``, for what came later happens again."""
     if not path.exists():
         return
-    kept = [record for record in read(path) if record["step"] <= last_step] if last_step else []
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    kept = [record for record in read(path) if record["step"] <= last_step]
+    write_atomically(path, "".join(_line(record) for record in kept))
 
 
 class MetricsFile:
     """The open metrics.jsonl of a run. Raises StorageError when the run folder cannot be written."""
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(self, run_dir: Path, last_step: int) -> None:
         self.path = run_dir / NAME
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            truncate(self.path, start_step)
+            truncate(self.path, last_step)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; choose another --run_dir") from None

@@ -1,10 +1,162 @@
 """What a run leaves to read: run.json at its start; summary.json, summary.md and loss.png at its end."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
+
+from megagpt.errors import StorageError
+from megagpt.train import metrics
+from megagpt.train.manifest import write_atomically
+from megagpt.train.plots import plot_losses
+from megagpt.version import __version__
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "triton")
+
+
+def write_run(run_dir: Path, description: dict, *, start_step: int, world_size: int) -> None:
+    """Write run.json: ``description`` (settings, model, data, ds_config, ...), this machine, and every start so far.
+
+    Raises StorageError when the run folder cannot be written.
+    """
+    start = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": start_step,
+        "world_size": world_size,
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "git_commit": git_commit(),
+    }
+    starts = [*_earlier_starts(run_dir / RUN), start] if start_step else [start]
+    body = {**description, "versions": versions(), "device": device_names(), "starts": starts}
+    _write(run_dir / RUN, json.dumps(body, indent=1, default=str) + "\n")
+
+
+def _earlier_starts(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # run.json informs people; nothing depends on it
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of what training computes with."""
+    found = {"megagpt": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_names() -> dict:
+    """The devices this process sees and the CUDA version that torch was built for."""
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu_cores": os.cpu_count(), "gpus": names, "cuda": torch.version.cuda}
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with ``+changes`` where files differ from it; None outside a checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return result.stdout.strip()
 
 
 def write_summary(run_dir: Path, summary: dict) -> dict:
-    """Write summary.json; the summary."""
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return summary
+    """Write summary.json, summary.md and loss.png from ``summary`` and the run's metrics; the whole summary.
+
+    Raises StorageError when the run folder cannot be written.
+    """
+    records = metrics.read(run_dir / metrics.NAME)
+    picture, problem = plot_losses(records, run_dir / "loss.png")
+    whole = {**summary, **summarize(records), "loss_curve": picture or f"not drawn: {problem}"}
+    _write(run_dir / SUMMARY, json.dumps(whole, indent=1, default=str) + "\n")
+    _write(run_dir / "summary.md", to_markdown(run_dir.name, whole, picture))
+    return whole
+
+
+def summarize(records: list[dict]) -> dict:
+    """Last training figures, median speed, and for each validation set its first, last and best evaluation."""
+    train = [r for r in records if "loss" in r]
+    if not train:
+        return {"steps": 0, "valid": {}}
+    last = train[-1]
+    return {
+        "steps": last["step"],
+        "samples": last["samples"],
+        "tokens": last["tokens"],
+        "train_loss": last["loss"],
+        "skipped_steps": last["skipped_steps"],
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
+        "step_ms": statistics.median(r["step_ms"] for r in train),
+        "memory_gb": max(r["memory_gb"] for r in train),
+        **({"mfu": statistics.median(r["mfu"] for r in train if "mfu" in r)} if "mfu" in last else {}),
+        "valid": {name: _evaluations(records, name) for name in validation_sets(records)},
+    }
+
+
+def validation_sets(records: list[dict]) -> list[str]:
+    """The names of the validation sets in the order in which they first appear."""
+    names = (key.split("/", 1)[1].rsplit("/", 1)[0] for r in records for key in r if key.startswith("valid/"))
+    return list(dict.fromkeys(names))
+
+
+def _evaluations(records: list[dict], name: str) -> dict:
+    prefix = f"valid/{name}/"
+    found = [
+        {"step": r["step"], **{key.removeprefix(prefix): r[key] for key in r if key.startswith(prefix)}}
+        for r in records
+        if r.get(f"{prefix}loss") is not None
+    ]
+    if not found:
+        return {}
+    return {"first": found[0], "last": found[-1], "best": min(found, key=lambda e: e["loss"])}
+
+
+def to_markdown(title: str, summary: dict, picture: str | None) -> str:
+    """The summary for people: a table of the run, a table of its validation sets, the loss curve."""
+    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in summary.items() if not isinstance(value, dict | list)]
+    measures = ("loss", "ppl", "word_ppl", "bits_per_byte")
+    lines += ["", "| validation set | step | " + " | ".join(measures) + " |", "|---|---|" + "---|" * len(measures)]
+    for name, evaluations in summary.get("valid", {}).items():
+        for when, e in evaluations.items():
+            cells = " | ".join(_cell(e.get(m)) for m in measures)
+            lines.append(f"| {name} ({when}) | {e['step']} | {cells} |")
+    if picture:
+        lines += ["", f"![loss curve]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; free space or choose another --run_dir") from None
