@@ -1,0 +1,127 @@
+"""The parts of a decoder. B batch, T positions, D width, H heads, K = D / H width of one head.
+
+Parameters are used only inside the forward of the module that owns them, where ZeRO-3 has gathered them; the one
+exception is the token embedding, which is also the output projection.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.model import init
+from megagpt.model.config import GPTConfig
+from megagpt.ops import Ops
+
+
+class Linear(nn.Linear):
+    """A projection with bias whose weights start with the spread ``std``."""
+
+    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+        self.std = std
+        super().__init__(n_in, n_out)
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, self.std)
+        nn.init.zeros_(self.bias)
+
+
+class LinearGelu(Linear):
+    """A projection and GELU of it; the bias is added together with the GELU."""
+
+    def __init__(self, n_in: int, n_out: int, std: float, ops: Ops) -> None:
+        super().__init__(n_in, n_out, std)
+        self.bias_gelu = ops.bias_gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias_gelu(F.linear(x, self.weight), self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors drawn from N(0, 0.02^2)."""
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, init.STD)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """Dropout of a branch, the residual sum, and LayerNorm of it."""
+
+    def __init__(self, config: GPTConfig, ops: Ops, *, prenorm: bool) -> None:
+        super().__init__(config.d_model, eps=config.layer_norm_eps)
+        self.dropout_p = config.resid_dropout
+        self.prenorm = prenorm
+        self.add_layer_norm = ops.add_layer_norm
+
+    def forward(self, branch: Tensor, residual: Tensor | None, seed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """The normalised sum, with ``prenorm`` the pair of it and the sum. Without a residual or seed: no dropout."""
+        p = self.dropout_p if residual is not None and seed is not None else 0.0
+        return self.add_layer_norm(
+            branch, residual, self.weight, self.bias, dropout_p=p, seed=seed, eps=self.eps, prenorm=self.prenorm
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout_p = config.attn_dropout
+        self.qkv = Linear(config.d_model, 3 * config.d_model, init.STD)
+        self.proj = Linear(config.d_model, config.d_model, init.residual_std(config))
+        self.attention = ops.attention
+
+    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, K)
+        y = self.attention(q, k, v, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two projections with a GELU between them."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.fc = LinearGelu(config.d_model, config.d_ff, init.STD, ops)
+        self.proj = Linear(config.d_ff, config.d_model, init.residual_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.fc(x))
+
+
+class PreNormBlock(nn.Module):
+    """x + Attn(LN(x)), then x + MLP(LN(x)) (GPT-2).
+
+    The stream travels as (branch, residual), to be added by the next LayerNorm, so that dropout, sum and
+    normalisation are one operation also between blocks.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ln_1 = AddLayerNorm(config, ops, prenorm=True)
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_2 = AddLayerNorm(config, ops, prenorm=True)
+        self.mlp = MLP(config, ops)
+
+    def forward(
+        self, branch: Tensor, residual: Tensor | None, seeds: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = self.ln_1(branch, residual, seeds[0])
+        normed, x = self.ln_2(self.attn(normed, seeds[1]), x, seeds[2])
+        return self.mlp(normed), x
+
+
+class PostNormBlock(nn.Module):
+    """LN(x + Attn(x)), then LN(x + MLP(x)) (GPT-1)."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_1 = AddLayerNorm(config, ops, prenorm=False)
+        self.mlp = MLP(config, ops)
+        self.ln_2 = AddLayerNorm(config, ops, prenorm=False)
+
+    def forward(self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...]) -> tuple[Tensor, None]:
+        x = self.ln_1(self.attn(x, seeds[1]), x, seeds[2])
+        return self.ln_2(self.mlp(x), x, seeds[0]), None
