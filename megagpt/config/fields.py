@@ -122,7 +122,7 @@ class TrainSettings:
         for word in self.valid_data:
             name, equals, prefix = word.partition("=")
             if not (name and equals and prefix) or "/" in name:
-                raise ConfigError(f"--valid_data {word!r} is not NAME=PREFIX, as in --valid_data books=data/books-valid")
+                raise ConfigError(f"--valid_data {word!r} is not NAME=PREFIX, as in books=data/books-valid")
             if name in sets:
                 raise ConfigError(f"--valid_data names two sets {name!r}; give each its own name")
             sets[name] = prefix
@@ -155,6 +155,4 @@ def _weight(word: str) -> float | None:
 
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
-    return parse_flags(
-        TrainSettings, argv, prog="train.py", aliases=ALIASES, bare={"activation_checkpointing": "1"}
-    )
+    return parse_flags(TrainSettings, argv, prog="train.py", aliases=ALIASES, bare={"activation_checkpointing": "1"})

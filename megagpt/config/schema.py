@@ -1,0 +1,314 @@
+"""The keys of a DeepSpeed file: which there are, what each may hold, and which MegaGPT does not serve and why.
+
+The table is written out, so that a typing mistake is found in milliseconds without importing DeepSpeed (which itself
+ignores unknown keys at the top level); a test compares it with DeepSpeed's own models.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megagpt.errors import nearest
+
+AUTO = "auto"
+_MOST = 2**63 - 1
+
+
+class Kind(NamedTuple):
+    """What a key may hold: in words, and as a test of a JSON value; ``auto`` where "auto" takes a flag's value."""
+
+    words: str
+    fits: Callable[[object], bool]
+    auto: bool = False
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST <= value <= _MOST
+
+
+def whole(low: int = 0, *, auto: bool = False) -> Kind:
+    """A whole number; 5e8 is one too."""
+    return Kind(f"a whole number of at least {low}", lambda v: _number(v) and v == int(v) and v >= low, auto)
+
+
+def real(low: float = 0.0, high: float = math.inf, *, auto: bool = False) -> Kind:
+    words = f"a number of at least {low:g}" if high == math.inf else f"a number between {low:g} and {high:g}"
+    return Kind(words, lambda v: _number(v) and low <= v <= high, auto)
+
+
+def one_of(*values) -> Kind:
+    return Kind(
+        " or ".join(repr(v) if isinstance(v, str) else str(v) for v in values),
+        lambda v: not isinstance(v, bool) and any(v == known for known in values),
+    )
+
+
+def only(value: bool, why: str) -> Kind:
+    """A switch that DeepSpeed knows and MegaGPT needs in one position."""
+    return Kind(f"{str(value).lower()}: {why}", lambda v: v is value)
+
+
+SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
+AUTO_SWITCH = SWITCH._replace(auto=True)
+TEXT = Kind("a text", lambda v: isinstance(v, str))
+NAMES = Kind("a list of names", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v))
+BETAS = Kind(
+    "two numbers of at least 0 and below 1",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
+    auto=True,
+)
+DTYPE = one_of("fp32", "fp16", "bf16")
+ANYTHING = Kind("anything", lambda v: True)
+
+_OFFLOAD = {
+    "device": one_of("none", "cpu", "nvme"),
+    "nvme_path": TEXT,
+    "buffer_count": whole(),
+    "pin_memory": SWITCH,
+}
+_FILES = {"enabled": SWITCH, "output_path": TEXT, "job_name": TEXT}
+
+ZERO = {
+    "stage": one_of(0, 1, 2, 3),
+    "contiguous_gradients": SWITCH,
+    "reduce_scatter": SWITCH,
+    "reduce_bucket_size": whole(1, auto=True),
+    "use_multi_rank_bucket_allreduce": SWITCH,
+    "allgather_partitions": SWITCH,
+    "allgather_bucket_size": whole(),
+    "overlap_comm": SWITCH,
+    "compute_grad_norm": only(True, "the gradient norm is clipped and logged"),
+    "load_from_fp32_weights": SWITCH,
+    "offload_param": {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()},
+    "offload_optimizer": {
+        **_OFFLOAD,
+        "pipeline_read": SWITCH,
+        "pipeline_write": SWITCH,
+        "fast_init": SWITCH,
+        "ratio": real(0, 1),
+        "super_offload": SWITCH,
+        "cpuadam_cores_perc": real(0, 1),
+    },
+    "sub_group_size": whole(),
+    "stage3_prefetch_bucket_size": whole(auto=True),
+    "stage3_param_persistence_threshold": whole(auto=True),
+    "stage3_model_persistence_threshold": whole(),
+    "stage3_max_live_parameters": whole(),
+    "stage3_max_reuse_distance": whole(),
+    "stage3_gather_16bit_weights_on_model_save": SWITCH,
+    "stage3_module_granularity_threshold": whole(),
+    "stage3_use_all_reduce_for_fetch_params": SWITCH,
+    "stage3_allgather_sequential": SWITCH,
+    "ignore_unused_parameters": SWITCH,
+    "round_robin_gradients": SWITCH,
+    "parameter_alignment": SWITCH,
+    "zero_hpz_partition_size": whole(1),
+    "zero_quantized_weights": SWITCH,
+    "zero_quantized_nontrainable_weights": SWITCH,
+    "zero_quantized_gradients": SWITCH,
+    "memory_efficient_linear": SWITCH,
+    "pipeline_loading_checkpoint": SWITCH,
+    "override_module_apply": SWITCH,
+    "log_trace_cache_warnings": SWITCH,
+    "enable_sanity_checks": SWITCH,
+    "leaf_module": {"classes": NAMES, "names": NAMES, "name_suffixes": NAMES},
+}
+
+_AUTOTUNING = (  # read by the launcher; any values
+    "enabled",
+    "fast",
+    "results_dir",
+    "exps_dir",
+    "overwrite",
+    "start_profile_step",
+    "end_profile_step",
+    "metric",
+    "metric_path",
+    "tuner_type",
+    "tuner_early_stopping",
+    "tuner_num_trials",
+    "arg_mappings",
+    "mp_size",
+    "num_tuning_micro_batch_sizes",
+    "max_train_batch_size",
+    "min_train_batch_size",
+    "max_train_micro_batch_size_per_gpu",
+    "min_train_micro_batch_size_per_gpu",
+    "model_info",
+    "model_info_path",
+)
+
+SCHEMA = {
+    "train_batch_size": whole(1, auto=True),
+    "train_micro_batch_size_per_gpu": whole(1, auto=True),
+    "gradient_accumulation_steps": whole(1, auto=True),
+    "gradient_clipping": real(auto=True),
+    "zero_optimization": ZERO,
+    "fp16": {
+        "enabled": AUTO_SWITCH,
+        "auto_cast": SWITCH,
+        "loss_scale": real(),
+        "initial_scale_power": whole(),
+        "loss_scale_window": whole(1),
+        "hysteresis": whole(1),
+        "consecutive_hysteresis": SWITCH,
+        "min_loss_scale": whole(1),
+        "fp16_master_weights_and_grads": SWITCH,
+    },
+    "bf16": {
+        "enabled": AUTO_SWITCH,
+        "immediate_grad_update": SWITCH,
+        "check_grad_overflow": SWITCH,
+        "bf16_master_weights_and_grads": SWITCH,
+        "bf16_optimizer_states": SWITCH,
+    },
+    "optimizer": {
+        "type": TEXT,
+        "params": {
+            "lr": real(auto=True),
+            "betas": BETAS,
+            "eps": real(auto=True),
+            "weight_decay": real(auto=True),
+            "torch_adam": SWITCH,
+            "adam_w_mode": only(True, "weight decay is decoupled"),
+        },
+    },
+    "communication_data_type": DTYPE,
+    "data_types": {"grad_accum_dtype": DTYPE},
+    "prescale_gradients": SWITCH,
+    "gradient_predivide_factor": real(1e-9),
+    "gradient_allreduce_op": one_of("mean"),
+    "managed_gradient_accumulation": only(True, "the training loop counts on it"),
+    "zero_allow_untested_optimizer": SWITCH,
+    "zero_force_ds_cpu_optimizer": SWITCH,
+    "disable_allgather": SWITCH,
+    "tensorboard": _FILES,
+    "csv_monitor": _FILES,
+    "wandb": {"enabled": SWITCH, "group": TEXT, "team": TEXT, "project": TEXT},
+    "comet": {
+        "enabled": SWITCH,
+        "samples_log_interval": whole(1),
+        "project": TEXT,
+        "workspace": TEXT,
+        "api_key": TEXT,
+        "experiment_name": TEXT,
+        "experiment_key": TEXT,
+        "online": SWITCH,
+        "mode": one_of("get", "create", "get_or_create"),
+    },
+    "flops_profiler": {
+        "enabled": SWITCH,
+        "recompute_fwd_factor": real(),
+        "profile_step": whole(1),
+        "module_depth": whole(-1),
+        "top_modules": whole(1),
+        "detailed": SWITCH,
+        "output_file": TEXT,
+    },
+    "comms_logger": {"enabled": SWITCH, "verbose": SWITCH, "prof_all": SWITCH, "debug": SWITCH, "prof_ops": NAMES},
+    "timers": {"throughput": {"enabled": SWITCH, "synchronized": SWITCH}},
+    "steps_per_print": whole(1),
+    "wall_clock_breakdown": SWITCH,
+    "memory_breakdown": SWITCH,
+    "dump_state": SWITCH,
+    "log_level": one_of("debug", "info", "warning", "error", "critical"),
+    "disable_python_gc": SWITCH,
+    "vocabulary_size": whole(1),
+    "aio": {
+        "block_size": whole(1),
+        "queue_depth": whole(1),
+        "intra_op_parallelism": whole(1),
+        "single_submit": SWITCH,
+        "overlap_events": SWITCH,
+        "use_gds": SWITCH,
+    },
+    "checkpoint": {
+        "tag_validation": one_of("Ignore", "Warn", "Fail"),
+        "load_universal": SWITCH,
+        "parallel_write": {"pipeline_stage": SWITCH},
+    },
+    "autotuning": dict.fromkeys(_AUTOTUNING, ANYTHING),
+}
+
+_REMOVED_KEYS = (  # names that DeepSpeed once knew
+    "amp",
+    "nebula",
+    "compression_training",
+    "quantize_training",
+    "sparse_gradients",
+    "sparse_attention",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "curriculum_learning",
+    "progressive_layer_drop",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)
+_PARALLEL = "MegaGPT splits data and optimiser states over ranks, not the model's layers; use ZeRO-3 for large models"
+_OWN_FILES = "checkpoints are written and verified by MegaGPT itself; take the key out"
+
+# Keys that DeepSpeed knows, or knew, and that would be ignored or break a run here, each with the way out.
+REFUSED = {
+    "scheduler": "the schedule is set by flags: --schedule, --warmup_steps, --min_lr, --max_steps",
+    "activation_checkpointing": "use the flag --activation_checkpointing",
+    "bfloat16": 'its name is "bf16"',
+    "torch_autocast": 'use "bf16" or "fp16"',
+    "dataloader_drop_last": "windows of the corpus fill every batch; take the key out",
+    "data_types.param_dtype": 'use "bf16" or "fp16"',
+    "data_types.buffer_dtype": "the model has no buffers; take the key out",
+    "data_types.keep_in_fp32_modules": "the model has no such modules; take the key out",
+    "optimizer.legacy_fusion": "MegaGPT chooses the implementation of the optimiser; take the key out",
+    "data_efficiency": "the order of the data is MegaGPT's: see --sampler",
+    "compile": "the engine is not compiled; take the section out",
+    "hybrid_engine": "it serves generation during reinforcement learning; take the section out",
+    "weight_quantization": "it serves inference; take the section out",
+    "tensor_parallel": _PARALLEL,
+    "pipeline": _PARALLEL,
+    "expert_parallel": _PARALLEL,
+    "use_data_before_expert_parallelism": _PARALLEL,
+    "sequence_parallel_size": _PARALLEL,
+    "seq_parallel_communication_data_type": _PARALLEL,
+    "datastates_ckpt": _OWN_FILES,
+    "checkpoint.use_node_local_storage": _OWN_FILES,
+    "checkpoint.checkpoint_serialization": _OWN_FILES,
+    "checkpoint.writer": _OWN_FILES,
+    "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": 'write "pin_memory" inside "offload_optimizer"',
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        'its name is "stage3_gather_16bit_weights_on_model_save"'
+    ),
+    "zero_optimization.elastic_checkpoint": _OWN_FILES,
+    "zero_optimization.legacy_stage1": "take the key out",
+    "zero_optimization.zenflow": "MegaGPT does not serve it; use offload_optimizer alone",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "it belongs to another optimiser; take the key out",
+    **dict.fromkeys(_REMOVED_KEYS, "DeepSpeed has removed it; take the key out"),
+}
+
+
+def problems(section: dict, known: dict = SCHEMA, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the keys and values of a DeepSpeed file, one sentence each."""
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if name in REFUSED:
+            yield f"{show(name)} is not served: {REFUSED[name]}"
+        elif key not in known:
+            yield f"{show(name)} is no key of DeepSpeed's{nearest(key[:80], known)}"
+        elif isinstance(known[key], dict):
+            if isinstance(value, dict):
+                yield from problems(value, known[key], f"{name}.")
+            else:
+                yield f"{show(name)} is {show(value)}; it must be an object in braces"
+        elif not (known[key].fits(value) or (known[key].auto and value == AUTO)):
+            auto = ' or "auto"' if known[key].auto else ""
+            yield f"{show(name)} is {show(value)}; it must be {known[key].words}{auto}"
+
+
+def show(value: object) -> str:
+    """A value of the file as JSON has it, cut to a length that fits a message."""
+    import json
+
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
