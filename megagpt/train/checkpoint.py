@@ -5,6 +5,7 @@ forcing it to disk; all ranks agree that nothing failed; rank 0 writes the manif
 killed anywhere in between leaves the older checkpoints as they were.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -325,14 +326,20 @@ def locate(path: Path) -> Path:
         if reason:
             raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
         return path
-    root = path / FOLDER if (path / FOLDER).is_dir() else path
-    folder, _ = newest_intact(root)
+    folder, _ = newest_intact(_root(path))
     if folder is None:
-        raise CheckpointError(
-            f"{path} holds no checkpoint; give a run folder, one of its checkpoints/global_step* folders "
-            "or a .safetensors file"
-        )
+        raise _nothing_there(path)
     return folder
+
+
+def _root(path: Path) -> Path:
+    return path / FOLDER if (path / FOLDER).is_dir() else path
+
+
+def _nothing_there(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds no checkpoint; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
+    )
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -360,12 +367,34 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return {name: tensor.float() for name, tensor in weights.items()}, state.model
 
 
+def read_model_settings(path: Path) -> dict:
+    """The settings of the model whose weights :func:`read_weights` would give; only small files are read."""
+    if path.suffix == ".safetensors":
+        return _safetensors_settings(path)
+    found = [path] if manifest.step_of(path) is not None else manifest.folders(_root(path))
+    for folder in found:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return read_state(folder).model
+    raise _nothing_there(path)
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    with _safetensors(path) as file:
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
+    return weights, _safetensors_settings(path)
+
+
+def _safetensors_settings(path: Path) -> dict:
+    with _safetensors(path) as file:
+        return json.loads((file.metadata() or {}).get("config", "{}"))
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get("config", "{}"))
-            return {name: file.get_tensor(name).float() for name in file.keys()}, settings  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from None

@@ -96,7 +96,10 @@ def adam_class(device: torch.device, offloaded: bool) -> type | str:
 
 def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: ResolvedConfig):
     """The DeepSpeed engine over ``model`` and ``optimizer``; ``config.config`` has no "auto" left in it."""
-    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config.config)
+    settings = dict(config.config)
+    if is_unsharded_fp32(config):
+        settings["gradient_clipping"] = 0.0  # megagpt.train.optim.GuardedStep clips, and keeps the norm
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
     # With the monitor on, the engine itself writes and flushes the rate at every step; the run's log does it instead.
     engine.monitor.enabled = False
     if engine.dp_world_size == 1 and config.zero_stage == 0:
@@ -130,8 +133,8 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_parameters(model: nn.Module, config: ResolvedConfig, *, modify: bool = False):
-    """Inside, every parameter of ``model`` is whole on every rank; with ``modify`` rank 0's values are kept.
+def full_parameters(parameters: list[Tensor], config: ResolvedConfig, *, modify: bool = False):
+    """Inside, the parameters are whole on every rank; with ``modify`` rank 0's changes are kept.
 
     Only ZeRO-3 splits them; elsewhere nothing happens.
     """
@@ -139,5 +142,5 @@ def full_parameters(model: nn.Module, config: ResolvedConfig, *, modify: bool = 
         yield
         return
     gathered = import_deepspeed().zero.GatheredParameters
-    with gathered(list(model.parameters()), modifier_rank=0 if modify else None):
+    with gathered(parameters, modifier_rank=0 if modify else None):
         yield

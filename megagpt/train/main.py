@@ -1,20 +1,11 @@
-"""Pre-training from the command line: read settings, check everything that can be wrong, build, resume, train.
+"""Pre-training from the command line.
 
-The order is what a user needs: flags and settings files are checked before torch is imported, corpora before a process
-group exists, and nothing is written before all of it holds.
+Flags and the DeepSpeed file are checked before torch is imported, so that a slip of the keyboard costs no seconds.
 """
 
-import fcntl
 import os
-import platform
-import time
-from pathlib import Path
 
 from megagpt import dist
-from megagpt.config import deepspeed as ds_config
-from megagpt.config.fields import TrainSettings, parse
-from megagpt.config.presets import model_preset, training_preset
-from megagpt.errors import ConfigError, DataError, StorageError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,12 +14,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
+    from megagpt.config import deepspeed
+    from megagpt.config.fields import parse
+
     settings = parse(argv)
     world = dist.resolve_world(os.environ)
-    raw = ds_config.load(settings.ds_config)
-    shape = model_shape(settings)
-    config = ds_config.resolve(
-        raw, settings, world.world_size, path=settings.ds_config, hidden_size=shape["d_model"]
-    )
-    corpus = Corpus(settings, shape, config.global_batch)
-    Run(settings, world, config, shape, corpus).run()
+    raw = deepspeed.load(settings.ds_config)
+
+    from megagpt.train.run import train
+
+    train(settings, raw, world)

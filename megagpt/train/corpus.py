@@ -1,0 +1,88 @@
+"""The data of a run: which corpora it trains and validates on, checked against the model before anything starts."""
+
+from dataclasses import dataclass
+
+from megagpt.data.indexed import IndexedDataset
+from megagpt.data.windows import Blend, Windows
+from megagpt.errors import DataError
+
+_WARN_EPOCHS = 1.5  # passes over one corpus of a blend from which on the user is told
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Everything a run reads: ``train`` gives sample i as a pure function of (seed, i)."""
+
+    train: Blend | Windows
+    parts: list[IndexedDataset]
+    valid: dict[str, IndexedDataset]
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint records, so that a resumed run is known to read the same data."""
+        return {
+            "train": [part.identity() for part in self.parts],
+            "tokenizer_sha256": _tokenizer(self.parts[0]),
+        }
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The vocabulary of the training corpus, or None where it has no sidecar to say."""
+        return self.parts[0].info.vocab_size if self.parts[0].info else None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError where a corpus holds ids that a model of ``vocab_size`` rows has no row for."""
+        for dataset in [*self.parts, *self.valid.values()]:
+            needed = max(dataset.info.vocab_size, dataset.info.max_id + 1) if dataset.info else dataset.max_id() + 1
+            if needed > vocab_size:
+                raise DataError(
+                    f"{dataset.prefix} needs a vocabulary of {needed:,} and the model has {vocab_size:,}; "
+                    f"use --vocab_size {needed} or prepare the corpus with the model's tokenizer"
+                )
+
+
+def open_corpora(
+    blend: list[tuple[float, str]], valid: dict[str, str], *, seq_len: int, sampler: str, seed: int
+) -> Corpora:
+    """Open and check all corpora of a run: ``blend`` of (weight, prefix), ``valid`` {name: prefix}.
+
+    Raises DataError.
+    """
+    parts = [IndexedDataset(prefix) for _, prefix in blend]
+    valid_sets = {name: IndexedDataset(prefix) for name, prefix in valid.items()}
+    _check_one_tokenizer([*parts, *valid_sets.values()])
+    windows = [Windows(part, seq_len, sampler=sampler, seed=seed) for part in parts]
+    train = (
+        windows[0]
+        if len(windows) == 1
+        else Blend([(w, x) for (w, _), x in zip(blend, windows, strict=True)], seed=seed)
+    )
+    return Corpora(train, parts, valid_sets)
+
+
+def _tokenizer(dataset: IndexedDataset) -> str | None:
+    return dataset.info.tokenizer_sha256 if dataset.info else None
+
+
+def _check_one_tokenizer(datasets: list[IndexedDataset]) -> None:
+    first = datasets[0]
+    for other in datasets[1:]:
+        if _tokenizer(first) and _tokenizer(other) and _tokenizer(first) != _tokenizer(other):
+            raise DataError(
+                f"{other.prefix} was made with another tokenizer than {first.prefix} (SHA-256 "
+                f"{_tokenizer(other)[:12]}... and {_tokenizer(first)[:12]}...); prepare it with "
+                f"--tokenizer {first.prefix}.tokenizer.json"
+            )
+
+
+def blend_lines(corpora: Corpora, samples: int) -> list[str]:
+    """A table of what a run of ``samples`` windows sees of each corpus; empty for a single one."""
+    if not isinstance(corpora.train, Blend):
+        return []
+    lines = []
+    for row in corpora.train.table(samples):
+        note = "  <- seen more than once and a half" if row.epochs > _WARN_EPOCHS else ""
+        lines.append(
+            f"data {row.name}: weight {row.weight:.3f}, {row.samples:,} samples, {row.epochs:.2f} epochs{note}"
+        )
+    return lines

@@ -1,0 +1,253 @@
+"""One training run, put together: plan, model, engine, checkpoint, log and loop."""
+
+import fcntl
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megagpt import dist
+from megagpt.config import deepspeed as ds
+from megagpt.config.fields import TrainSettings
+from megagpt.data.windows import EvalWindows
+from megagpt.errors import CheckpointError, ConfigError, StorageError
+from megagpt.evaluate import perplexity
+from megagpt.model.gpt import GPT, decays
+from megagpt.ops import load_ops
+from megagpt.train import checkpoint, hardware, manifest, optim, report
+from megagpt.train import engine as deepspeed_engine
+from megagpt.train.batches import BatchPlan, MicroBatches
+from megagpt.train.corpus import blend_lines
+from megagpt.train.log import RunLog
+from megagpt.train.loop import Intervals, Loop
+from megagpt.train.plan import Plan, make_plan
+
+
+def train(settings: TrainSettings, raw: dict, world: dist.World) -> None:
+    """Run from the settings to the end; raises a MegaGPTError for whatever the user can mend."""
+    begun = time.time()
+    plan = make_plan(settings, raw, world)
+    device = deepspeed_engine.device_of(world)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    ds.check_hardware(plan.config, device.type, capability)
+    dist.export(world)
+    deepspeed_engine.start_distributed(world, settings.distributed_timeout_minutes)
+    try:
+        with _lock(plan.run_dir):
+            _train(plan, world, device, begun)
+    finally:
+        deepspeed_engine.stop_distributed()
+
+
+def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
+    settings, config = plan.settings, plan.config
+    source, notes = _checkpoint_to_resume(plan)
+    torch.manual_seed(settings.seed)
+    ops = load_ops(
+        settings.kernels,
+        head_width=plan.model.head_width,
+        dtype=deepspeed_engine.DTYPES[config.precision],
+        device=device,
+    )
+    with device, deepspeed_engine.sharded_construction(config):
+        model = GPT(plan.model, ops)
+    if source is None and plan.init_weights is not None:
+        _load_weights(model, plan)
+    # From here on the generators of the ranks differ: each drops its own units.
+    torch.manual_seed(settings.seed + 1 + world.rank)
+    optimizer, optimizer_line = _build_optimizer(model, plan, device)
+    engine = deepspeed_engine.build_engine(model, optimizer, config)
+    state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.corpora.identity)
+    if source is not None:
+        state = _resume(engine, source, plan, state)
+
+    batch = BatchPlan(config.micro_batch, config.accumulation, world.world_size, world.rank)
+    is_main = dist.is_main()
+    if is_main:
+        report.write_run(plan.run_dir, plan.describe(), start_step=state.step, world_size=world.world_size)
+    with RunLog(
+        plan.run_dir, total_steps=plan.total_steps, is_main=is_main, monitor=engine.monitor, start_step=state.step
+    ) as log:
+        for line in [
+            *notes,
+            f"model {settings.model or 'gpt1'}: {plan.model.n_params():,} parameters",
+            f"kernels {ops.name}: {ops.reason}",
+            f"optimizer: {optimizer_line}",
+            f"ZeRO stage {config.zero_stage}, {config.precision}, {world.world_size} ranks, batch "
+            f"{batch.micro_batch} x {batch.accumulation} x {world.world_size} = {batch.global_batch} "
+            f"sequences of {plan.model.seq_len}",
+            *blend_lines(plan.corpora, plan.total_steps * batch.global_batch),
+            f"run folder {plan.run_dir}, step {state.step} of {plan.total_steps}",
+        ]:
+            log.message(line)
+        loop = _loop(engine, plan, batch, state, device, log)
+        if state.step == 0:
+            loop.run_evaluation()
+        loop.run()
+        summary = {"seconds": time.time() - begun, "checkpoint": str(plan.root / manifest.tag_name(state.step))}
+        log.finish(summary)
+
+
+def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log: RunLog) -> Loop:
+    settings = plan.settings
+    peak = None
+    if device.type == "cuda":
+        peak = hardware.peak_flops(torch.cuda.get_device_name(device), plan.config.precision)
+    return Loop(
+        engine,
+        plan.config,
+        batches=MicroBatches(plan.corpora.train, batch, state.samples, device),
+        plan=batch,
+        schedule=plan.schedule,
+        base_rates=[plan.optimiser["lr"]] * len(engine.optimizer.param_groups),
+        intervals=Intervals(
+            plan.total_steps,
+            settings.log_interval,
+            settings.eval_interval,
+            settings.save_interval,
+            settings.keep_last,
+        ),
+        state=state,
+        root=plan.root,
+        checkpoint_bytes=checkpoint.free_bytes_needed(plan.model.n_params(), plan.config),
+        evaluate=_evaluator(engine, plan, batch, device),
+        log=log,
+        tokens_per_sample=plan.model.seq_len,
+        flops_per_token=plan.model.flops_per_token(),
+        peak_flops=peak,
+    )
+
+
+def _evaluator(engine, plan: Plan, batch: BatchPlan, device: torch.device):
+    """A function that measures every validation set with dropout off, and leaves the model in training mode."""
+    sets = {name: EvalWindows(dataset, plan.model.seq_len) for name, dataset in plan.corpora.valid.items()}
+    steps = plan.settings.eval_steps
+    limit = None if steps is None else steps * batch.micro_batch * batch.world_size
+
+    def evaluate() -> dict[str, dict]:
+        engine.eval()
+        results = {
+            name: perplexity.evaluate(
+                engine.module,
+                windows,
+                batch_size=batch.micro_batch,
+                rank=batch.rank,
+                world_size=batch.world_size,
+                max_windows=limit,
+                device=device,
+            )
+            for name, windows in sets.items()
+        }
+        engine.train()
+        return results
+
+    return evaluate
+
+
+def _build_optimizer(model, plan: Plan, device: torch.device):
+    settings, config = plan.optimiser, plan.config
+    groups = optim.parameter_groups(
+        model.named_parameters(), decays, lr=settings["lr"], weight_decay=settings["weight_decay"]
+    )
+    offloaded = config.offload_optimizer != "none"
+    return optim.build_optimizer(
+        settings["optimizer"],
+        groups,
+        betas=settings["betas"],
+        eps=settings["eps"],
+        guarded=deepspeed_engine.is_unsharded_fp32(config),
+        clip=config.gradient_clipping,
+        compiled=lambda: deepspeed_engine.adam_class(device, offloaded),
+    )
+
+
+# resuming -------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and what the user should know about those passed over."""
+    wanted = plan.settings.resume
+    if wanted == "never":
+        found = manifest.folders(plan.root)
+        if found:
+            raise ConfigError(
+                f"{plan.run_dir} already holds checkpoints (newest {found[0].name}) and --resume is never; "
+                "choose another --run_dir, or --resume auto to continue"
+            )
+        return None, []
+    if wanted == "auto":
+        return checkpoint.newest_intact(plan.root)
+    return checkpoint.locate(Path(wanted)), []
+
+
+def _resume(engine, source: Path, plan: Plan, fresh: checkpoint.TrainState) -> checkpoint.TrainState:
+    """Load ``source`` into ``engine`` after making sure that it is of this model and this data."""
+    saved = checkpoint.read_state(source)
+    for what, found, wanted in (
+        ("model", saved.model, fresh.model),
+        ("data", saved.data, fresh.data),
+    ):
+        differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        if differing:
+            details = ", ".join(f"{key} {found.get(key)} there and {wanted.get(key)} now" for key in differing)
+            raise ConfigError(
+                f"{source} is of another {what}: {details[:600]}; use the settings it was trained with, another "
+                "--run_dir, or --init_from to start a new run from its weights"
+            )
+    state = checkpoint.load(engine, source, plan.config)
+    if state.step > plan.total_steps:
+        raise ConfigError(
+            f"{source} is at step {state.step} and the run ends at {plan.total_steps}; raise --max_steps to go on"
+        )
+    # The file holds the settings of its time; today's flags count.
+    for group in engine.optimizer.param_groups:
+        group["betas"], group["eps"] = plan.optimiser["betas"], plan.optimiser["eps"]
+        if group["name"] == "decay":
+            group["weight_decay"] = plan.optimiser["weight_decay"]
+    return state
+
+
+def _load_weights(model: GPT, plan: Plan) -> None:
+    """Start from --init_from's weights. Rank 0 reads them; the others get them as they get a fresh model's."""
+    weights, _ = dist.everywhere(lambda: checkpoint.read_weights(plan.init_weights) if dist.is_main() else ({}, {}))
+    for name, parameter in model.named_parameters():
+        with deepspeed_engine.full_parameters([parameter], plan.config, modify=True):
+            if not dist.is_main():
+                continue
+            if name not in weights:
+                raise CheckpointError(f"{plan.init_weights} has no tensor {name!r}; it is not of a MegaGPT model")
+            with torch.no_grad():
+                parameter.copy_(weights[name])
+
+
+@contextmanager
+def _lock(run_dir: Path):
+    """Hold the run folder for this job: two jobs writing checkpoints to one folder would ruin both."""
+    file = dist.everywhere(lambda: _take_lock(run_dir) if dist.is_main() else None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _take_lock(run_dir: Path):
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 held open while the run lasts
+    except OSError as error:
+        raise StorageError(f"cannot write to --run_dir {run_dir}: {error.strerror}; choose a writable folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(f"{run_dir} is in use by {owner}; wait for it, or choose another --run_dir") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    manifest.remove_leftovers(run_dir / checkpoint.FOLDER)
+    return file
