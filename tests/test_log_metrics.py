@@ -106,7 +106,6 @@ def test_lines_are_in_the_file_as_soon_as_they_are_logged(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     run_dir = tmp_path / "run"
     with RunLog(run_dir, total_steps=9, is_main=False) as log:
-        log.describe({}, start_step=0, world_size=2)
         log.train(training_record(1))
         log.valid("books", {"loss": 3.0}, 1)
         log.message("hello")

@@ -39,6 +39,13 @@ def test_run_json_keeps_the_starts_of_a_run_and_forgets_those_of_another(tmp_pat
     assert [s["step"] for s in json.loads((tmp_path / "run.json").read_text())["starts"]] == [0]
 
 
+def test_a_run_folder_carries_its_tokenizer(tmp_path):
+    (tmp_path / "books.tokenizer.json").write_text('{"a": 1}')
+    run_dir = tmp_path / "run"
+    report.write_run(run_dir, {}, start_step=0, world_size=1, tokenizer=tmp_path / "books.tokenizer.json")
+    assert (run_dir / "tokenizer.json").read_text() == '{"a": 1}'
+
+
 def test_the_git_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -58,11 +58,6 @@ class RunLog:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def describe(self, description: dict, *, start_step: int, world_size: int) -> None:
-        """Write run.json: ``description`` (settings, model, data, ds_config, ...), versions, devices, git commit."""
-        if self.is_main:
-            report.write_run(self.run_dir, description, start_step=start_step, world_size=world_size)
-
     def train(self, record: dict) -> None:
         """Log one training record, as :mod:`megagpt.train.loop` makes it: step, loss, lr {group: rate}, samples, ..."""
         if not self.is_main:

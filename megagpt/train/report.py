@@ -19,13 +19,16 @@ from megagpt.version import __version__
 
 RUN = "run.json"
 SUMMARY = "summary.json"
+TOKENIZER = "tokenizer.json"
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "triton")
 
 
-def write_run(run_dir: Path, description: dict, *, start_step: int, world_size: int) -> None:
+def write_run(
+    run_dir: Path, description: dict, *, start_step: int, world_size: int, tokenizer: Path | None = None
+) -> None:
     """Write run.json: ``description`` (settings, model, data, ds_config, ...), this machine, and every start so far.
 
-    Raises StorageError when the run folder cannot be written.
+    A copy of the ``tokenizer`` makes the run folder enough to generate from. Raises StorageError when the run folder cannot be written.
     """
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -38,6 +41,8 @@ def write_run(run_dir: Path, description: dict, *, start_step: int, world_size: 
     starts = [*_earlier_starts(run_dir / RUN), start] if start_step else [start]
     body = {**description, "versions": versions(), "device": device_names(), "starts": starts}
     _write(run_dir / RUN, json.dumps(body, indent=1, default=str) + "\n")
+    if tokenizer is not None and tokenizer.exists():
+        _write(run_dir / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
 
 
 def _earlier_starts(path: Path) -> list[dict]:
