@@ -40,8 +40,8 @@ class ResolvedConfig:
     precision: str  # fp32, bf16 or fp16
     zero_stage: int
     gradient_clipping: float
-    offload_optimizer: str  # none, cpu or nvme
-    offload_param: str  # none, cpu or nvme
+    offload_optimizer: str | None  # cpu or nvme, where the optimiser states then live
+    offload_param: str | None  # cpu or nvme
     optimizer_section: dict | None  # {"type": "adamw", "lr": ...}: what file and flags say; None without a section
 
 
@@ -206,8 +206,9 @@ def _zero_auto(zero: dict, hidden_size: int) -> None:
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
 
 
-def _offload(zero: dict, section: str) -> str:
-    return zero.get(section, {}).get("device", "none")
+def _offload(zero: dict, section: str) -> str | None:
+    device = zero.get(section, {}).get("device", "none")
+    return None if device == "none" else device
 
 
 def _zero_problems(config: dict, zero: dict, world_size: int) -> Iterator[str]:
@@ -215,7 +216,7 @@ def _zero_problems(config: dict, zero: dict, world_size: int) -> Iterator[str]:
     stage = zero.get("stage", 0)
     for section, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = _offload(zero, section)
-        if device != "none" and stage < lowest:
+        if device and stage < lowest:
             yield f"zero_optimization.{section} needs stage {lowest} or higher, not {stage}"
         if device == "nvme" and stage < 3:
             yield f"zero_optimization.{section} to nvme needs stage 3, not {stage}"

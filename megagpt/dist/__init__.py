@@ -1,0 +1,18 @@
+"""Several processes as one program: who they are, what only one of them says, and how they fail together."""
+
+from megagpt.dist.failures import everywhere, run_main
+from megagpt.dist.hostlist import expand_hostlist, expand_tasks
+from megagpt.dist.world import World, check_port, export, is_main, resolve_world, say
+
+__all__ = [
+    "World",
+    "check_port",
+    "everywhere",
+    "expand_hostlist",
+    "expand_tasks",
+    "export",
+    "is_main",
+    "resolve_world",
+    "run_main",
+    "say",
+]

@@ -1,0 +1,140 @@
+"""One message whatever the number of ranks, and the exit code that goes with it."""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from megagpt import errors
+from megagpt.dist.world import is_main
+from megagpt.errors import MegaGPTError
+
+Result = TypeVar("Result")
+
+_GRACE = 3.0  # seconds within which the ranks of a host fail of a common cause
+_INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) -> int:
+    """Run ``fn`` as this process's program and return its exit code: ``fn``'s own, or that of the error it raised.
+
+    A MegaGPTError is shown as one line, once: by rank 0, or with its name by a rank that fails alone. Anything else is
+    a bug and shows its traceback, with the rank's name.
+    """
+    with _presence(env) as leader_is_gone:
+        try:
+            return fn() or 0
+        except MegaGPTError as error:
+            _show(error, env, leader_is_gone)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        except SystemExit as stop:  # --help has answered
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except Exception:
+            sys.stdout.flush()
+            print(f"{_name(env)} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            return 1
+
+
+def everywhere(fn: Callable[[], Result]) -> Result:
+    """Run ``fn`` on every rank; when it fails on any, raise on every rank the error of the lowest that failed.
+
+    The process group exists and every rank calls this. Ranks return their own results.
+    """
+    failure = result = None
+    try:
+        result = fn()
+    except Exception as error:
+        failure = error
+    report = None
+    if failure is not None:
+        kind = type(failure).__name__ if isinstance(failure, MegaGPTError) else None
+        report = {"kind": kind, "text": str(failure) if kind else f"{type(failure).__name__}: {failure}"}
+    reports = _gather(report)
+    failed = {rank: report for rank, report in enumerate(reports) if report is not None}
+    if not failed:
+        return result
+    if failure is not None and not isinstance(failure, MegaGPTError):
+        raise failure  # a bug: its traceback is on the rank that has it
+    rank, first = next(iter(failed.items()))
+    # Rank 0 does alone what only one can do, such as writing a file; it needs no name.
+    prefix = "" if rank == 0 or len(failed) == len(reports) else f"rank {rank}: "
+    error = getattr(errors, first["kind"] or "", MegaGPTError)(prefix + first["text"])
+    error.on_every_rank = True
+    raise error from failure
+
+
+def _gather(report: dict | None) -> list[dict | None]:
+    """The reports of all ranks as JSON in tensors: nothing that comes from another rank is unpickled."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [report]
+    device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
+    text = b"" if report is None else json.dumps(report).encode()
+    longest = torch.tensor([len(text)], device=device)
+    distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
+    if not longest.item():
+        return [None] * distributed.get_world_size()
+    mine = torch.zeros(int(longest.item()), dtype=torch.uint8, device=device)
+    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    all_texts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(all_texts, mine)
+    texts = [bytes(t.tolist()).rstrip(b"\0") for t in all_texts]
+    return [json.loads(text) if text else None for text in texts]
+
+
+def _show(error: MegaGPTError, env: Mapping[str, str], leader_is_gone: Callable[[], bool]) -> None:
+    prefix = ""
+    if not is_main(env):
+        if getattr(error, "on_every_rank", False) or leader_is_gone():
+            return
+        prefix = f"{_name(env)}: "
+    sys.stdout.flush()
+    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+
+
+def _name(env: Mapping[str, str]) -> str:
+    rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
+    return f"rank {rank} on {socket.gethostname()}"
+
+
+@contextmanager
+def _presence(env: Mapping[str, str]):
+    """Lets the ranks of a host see whether their first one still lives; gives a function that asks.
+
+    A flag with a slip in it fails on every rank at once, and then the first rank's message is enough; a rank that fails
+    while the first one goes on has to speak for itself. The sign of life is a socket in Linux's abstract namespace,
+    which leaves no file behind and vanishes with its process however that ends.
+    """
+    local_rank = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
+    meeting = env.get("MASTER_PORT") or env.get("SLURM_JOB_ID") or ""
+    name = f"\0megagpt-{os.getuid()}-{env.get('MASTER_ADDR', '')}-{meeting}-{env.get('SLURM_STEP_ID', '')}"
+
+    def leader_is_gone() -> bool:
+        """True as soon as this host's first rank has ended; False when it goes on."""
+        if local_rank == "0":
+            time.sleep(_GRACE)  # the launcher ends this process meanwhile if the failure is common to all hosts
+            return False
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                try:
+                    probe.connect(name)
+                except OSError:
+                    return True
+            time.sleep(0.05)
+        return False
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sign:
+        if local_rank == "0" and meeting:
+            with suppress(OSError):  # the name is in use by another job on the same port, which cannot run anyway
+                sign.bind(name)
+        yield leader_is_gone
