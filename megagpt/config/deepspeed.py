@@ -5,6 +5,7 @@ a key and a flag that disagree are an error, and all of them are told at once.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,7 +108,18 @@ def resolve(
 
 
 def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple[int, int] | None = None) -> None:
-    """Raise ConfigError when the device ("cpu" or "cuda" with its compute capability) cannot do what is asked."""
+    """Raise ConfigError when this machine cannot do what is asked.
+
+    ``device_type`` is "cpu" or "cuda", the latter with its compute ``capability``.
+    """
+    zero = resolved.config["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        folder = zero.get(section, {}).get("nvme_path", ".")
+        if _offload(zero, section) == "nvme" and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise ConfigError(
+                f"{resolved.path}: zero_optimization.{section}.nvme_path {schema.show(folder)} is no folder one can "
+                "write to; name a folder on this machine's NVMe disk"
+            )
     if resolved.precision == "fp16" and device_type == "cpu":
         raise ConfigError(
             f"{resolved.path}: fp16 needs a GPU and none is visible; on a CPU use ds_configs/cpu.json, "
@@ -222,6 +234,8 @@ def _zero_problems(config: dict, zero: dict, world_size: int) -> Iterator[str]:
             yield f"zero_optimization.{section} to nvme needs stage 3, not {stage}"
         if device == "nvme" and not zero[section].get("nvme_path"):
             yield f'zero_optimization.{section} to nvme needs "nvme_path", a folder on a local disk'
+    if zero.get("offload_optimizer", {}).get("ratio", 1) < 1 and stage < 3:
+        yield f"zero_optimization.offload_optimizer.ratio below 1 needs stage 3, not {stage}"
     shard = zero.get("zero_hpz_partition_size", 1)
     if world_size % shard:
         yield f"zero_optimization.zero_hpz_partition_size {shard} must divide the {world_size} ranks"

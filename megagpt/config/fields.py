@@ -80,14 +80,14 @@ class TrainSettings:
             raise ConfigError("; ".join(problems))
 
     def _number_problems(self):
-        for name, (low, high, open_below) in _RANGES.items():
+        for name, (low, high, low_is_out) in _RANGES.items():
             value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is None or (low < number <= high) or (number == low and not open_below):
-                    continue
-                bounds = f"{'greater than' if open_below else 'at least'} {low:g}"
-                limit = "" if high in (_MOST, math.inf) else f" and below {math.ceil(high):g}"
-                yield f"--{name} {number} must be {bounds}{limit}"
+            numbers = value if isinstance(value, tuple) else (value,)
+            wrong = [n for n in numbers if n is not None and not (low < n <= high or (n == low and not low_is_out))]
+            if wrong:
+                above = f"{'above' if low_is_out else 'at least'} {low:g}"
+                below = f" and below {math.ceil(high):g}" if high < 1 or wrong[0] > high else ""
+                yield f"--{name} {' '.join(map(str, numbers))[:80]} must be {above}{below}"
         lengths = [name for name in ("max_steps", "max_tokens", "epochs") if getattr(self, name) is not None]
         if len(lengths) > 1:
             yield f"--{' and --'.join(lengths)} both say how long to train; give one"
@@ -131,7 +131,7 @@ class TrainSettings:
 
 _MOST = 2**63 - 1
 _BELOW_ONE = math.nextafter(1.0, 0.0)
-_RANGES = {  # (lowest, highest, whether the lowest itself is excluded)
+_RANGES = {  # (lowest, highest, whether the lowest itself is out)
     **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size"), (1, _MOST, False)),
     **dict.fromkeys(("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"), (1, _MOST, False)),
     **dict.fromkeys(("max_steps", "max_tokens", "eval_steps", "log_interval", "keep_last"), (1, _MOST, False)),
@@ -155,4 +155,6 @@ def _weight(word: str) -> float | None:
 
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
-    return parse_flags(TrainSettings, argv, prog="train.py", aliases=ALIASES, bare={"activation_checkpointing": "1"})
+    # "deepspeed" alone is the switch that DeepSpeed's own tutorials put before --deepspeed_config.
+    bare = {"activation_checkpointing": "1", "deepspeed": None}
+    return parse_flags(TrainSettings, argv, prog="train.py", aliases=ALIASES, bare=bare)

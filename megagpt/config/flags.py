@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TypeVar
 
 from megagpt.errors import ConfigError, nearest
@@ -14,6 +14,7 @@ from megagpt.errors import ConfigError, nearest
 Settings = TypeVar("Settings")
 
 _FLAG = re.compile(r"--?[A-Za-z]")  # a negative number is a value
+_MISFIT = re.compile(r"Error parsing (--\w+): no type matching \{?(.+?)\}? could be instantiated from \[(.*)\]")
 
 
 def parse_flags(
@@ -22,12 +23,13 @@ def parse_flags(
     *,
     prog: str,
     aliases: Mapping[str, str] | None = None,
-    bare: Mapping[str, str] | None = None,
+    bare: Mapping[str, str | None] | None = None,
 ) -> Settings:
     """An instance of the dataclass ``cls`` from ``argv`` (the process's own arguments when None).
 
     ``aliases`` maps other names of a flag to its name, ``bare`` the flags that may stand without a value to the value
-    they then have. ``--local_rank``, which launchers add anywhere, is dropped. ``--help`` prints and exits.
+    they then have, or to None when they then mean nothing. ``--local_rank``, which launchers add anywhere, is dropped.
+    ``--help`` prints and exits.
     Raises ConfigError for an unknown flag, a missing one or a value that does not fit.
     """
     import tyro
@@ -36,6 +38,7 @@ def parse_flags(
     wants_help = any(arg in ("-h", "--help") for arg in args)
     if not wants_help:
         _refuse_unknown(args, [field.name for field in fields(cls)], prog)
+        _refuse_missing(cls, args, prog)
     # Every rank parses the same flags; one of them answers --help.
     silent = wants_help and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     messages = io.StringIO()
@@ -59,7 +62,7 @@ def parse_flags(
     return settings
 
 
-def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[str, str]) -> list[str]:
+def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[str, str | None]) -> list[str]:
     """Flags under their own names with underscores, without ``--local_rank``, each followed by its value."""
     args: list[str] = []
     rest = list(argv)
@@ -70,26 +73,34 @@ def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[st
             continue
         name, equals, value = arg[2:].partition("=")
         name = name.replace("-", "_")
-        name = aliases.get(name, name)
-        followed = bool(rest) and not _FLAG.match(rest[0])
+        has_value = bool(equals) or (bool(rest) and not _FLAG.match(rest[0]))
         if name == "local_rank":
-            if not equals and followed:
+            if has_value and not equals:
                 rest.pop(0)
             continue
-        args.append(f"--{name}")
+        if name in bare and not has_value:
+            equals, value = bare[name] is not None, bare[name]
+            if not equals:
+                continue
+        args.append(f"--{aliases.get(name, name)}")
         if equals:
             args.append(value)
-        elif name in bare and not followed:
-            args.append(bare[name])
     return args
 
 
 def _refuse_unknown(args: Sequence[str], known: Sequence[str], prog: str) -> None:
-    names = [arg.lstrip("-") for arg in args if _FLAG.match(arg)]
-    unknown = [name for name in names if name not in known]
+    flags = [f"--{name}" for name in known]
+    unknown = [arg[:80] for arg in args if _FLAG.match(arg) and arg not in flags]
     if unknown:
-        listed = ", ".join(f"--{name[:80]}{nearest(name[:80], known).replace(chr(39), '')}" for name in unknown[:5])
+        listed = ", ".join(f"{flag}{nearest(flag, flags)}" for flag in unknown[:5])
         raise ConfigError(f"unknown flag {listed}; {prog} --help lists the flags")
+
+
+def _refuse_missing(cls: type, args: Sequence[str], prog: str) -> None:
+    needed = [f"--{field.name}" for field in fields(cls) if field.default is MISSING]
+    absent = [flag for flag in needed if flag not in args]
+    if absent:
+        raise ConfigError(f"{prog} needs {' and '.join(absent)}; {prog} --help lists the flags")
 
 
 def _sentence(box: str) -> str:
@@ -97,9 +108,9 @@ def _sentence(box: str) -> str:
     lines = []
     for line in box.splitlines():
         text = line.strip(" │╭╮╰╯─")
-        if "│" not in line:
-            continue
-        if not text and "──" in line:  # what follows repeats the help text
+        if not text and lines:  # a rule, below which the help text is repeated
             break
-        lines.append(text)
-    return " ".join(" ".join(lines).split()).rstrip(". ") or "the flags could not be read"
+        if "│" in line:
+            lines.append(text)
+    message = " ".join(" ".join(lines).split()).rstrip(". ") or "the flags could not be read"
+    return _MISFIT.sub(r"\1 takes \2, not \3", message)

@@ -52,6 +52,8 @@ SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
 AUTO_SWITCH = SWITCH._replace(auto=True)
 TEXT = Kind("a text", lambda v: isinstance(v, str))
 NAMES = Kind("a list of names", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v))
+# DeepSpeed aligns what it gathers to pairs of 2-byte elements.
+EVEN = Kind("an even whole number", lambda v: _number(v) and v >= 0 and v % 2 == 0)
 BETAS = Kind(
     "two numbers of at least 0 and below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
@@ -75,7 +77,7 @@ ZERO = {
     "reduce_bucket_size": whole(1, auto=True),
     "use_multi_rank_bucket_allreduce": SWITCH,
     "allgather_partitions": SWITCH,
-    "allgather_bucket_size": whole(),
+    "allgather_bucket_size": EVEN,
     "overlap_comm": SWITCH,
     "compute_grad_norm": only(True, "the gradient norm is clipped and logged"),
     "load_from_fp32_weights": SWITCH,

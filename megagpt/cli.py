@@ -1,0 +1,48 @@
+"""The ``megagpt`` command: finds the sub-command and hands it the remaining arguments.
+
+Nothing heavy is imported before a command is chosen, so ``megagpt --help`` and ``--version`` answer at once.
+"""
+
+import importlib
+import sys
+
+from megagpt import dist
+from megagpt.errors import ConfigError, nearest
+from megagpt.version import __version__
+
+COMMANDS = {  # name: (module, function of the remaining arguments, one line of help)
+    "prepare": ("megagpt.data.main", "prepare_main", "turn text files into a tokenised corpus"),
+    "data": ("megagpt.data.main", "data_main", "verify, merge or describe tokenised corpora"),
+    "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``megagpt`` with ``argv`` (the process's own arguments when None); the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    return dist.run_main(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command in ("-V", "--version"):
+        print(f"megagpt {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command[:80]!r}{nearest(command[:80], COMMANDS)}; see megagpt --help")
+    module, function, _ = COMMANDS[command]
+    return getattr(importlib.import_module(module), function)(args[1:])
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {help_line}" for name, (_, _, help_line) in COMMANDS.items())
+    return f"""usage: megagpt COMMAND [OPTIONS]
+
+commands:
+{commands}
+
+megagpt COMMAND --help lists a command's options; megagpt --version tells the version.
+Training: deepspeed train.py --help"""
