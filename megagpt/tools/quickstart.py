@@ -1,0 +1,82 @@
+"""``make quickstart``: the way from text to a trained model, with the commands a user would type, shown as they run.
+
+Its corpus is the standard library of the running Python, so nothing is downloaded. A second run goes on where the
+first was interrupted; when that is finished it only shows the results again.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+CORPUS = Path("data/quickstart")
+RUN_DIR = Path("runs/quickstart")
+STEPS = 600  # about three minutes on two cores
+BIN = Path(sys.executable).parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare, train, sample, report; the exit code of the first command that fails, else 0."""
+    parser = argparse.ArgumentParser(prog="make quickstart", description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="prefix of the prepared corpus")
+    parser.add_argument("--run_dir", type=Path, default=RUN_DIR, help="folder of the run")
+    args = parser.parse_args(argv)
+    if not args.corpus.with_suffix(".json").exists() and (code := run(prepare_command(args.corpus))):
+        return code
+    if code := run(train_command(args.corpus, args.run_dir, args.steps)):
+        return code
+    if code := run(generate_command(args.run_dir)):
+        return code
+    print(report(args.run_dir))
+    return 0
+
+
+def prepare_command(corpus: Path) -> list[str]:
+    source = ["--corpus", "python-stdlib", "--tokenizer", "train:4096", "--valid_fraction", "0.05"]
+    return ["megagpt", "prepare", *source, "--output", str(corpus)]
+
+
+def train_command(corpus: Path, run_dir: Path, steps: int) -> list[str]:
+    """Two ranks, on a CPU two processes that talk over gloo; one on a machine with a single GPU."""
+    ranks = "1" if torch.cuda.device_count() == 1 else "2"
+    launcher = ["deepspeed", "--quiet", "--num_gpus", ranks, "train.py", "--ds_config", "ds_configs/cpu.json"]
+    model = ["--model", "tiny", "--dropout", "0"]  # less than one pass over the corpus needs no dropout
+    data = ["--data", str(corpus), "--valid_data", f"stdlib={corpus}-valid"]
+    length = ["--max_steps", str(steps), "--eval_interval", str(max(1, steps // 3)), "--eval_steps", "8"]
+    return [*launcher, *model, *data, *length, "--save_interval", str(max(1, steps // 3)), "--run_dir", str(run_dir)]
+
+
+def generate_command(run_dir: Path) -> list[str]:
+    prompt = 'def parse_header(line):\n    """'
+    return ["megagpt", "generate", "--from", str(run_dir), "--prompt", prompt, "--max_tokens", "120", "--seed", "1"]
+
+
+def run(command: list[str]) -> int:
+    """Show ``command`` as one would type it, and run it with this Python's own programs."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    threads = max(1, (os.cpu_count() or 2) // 2)  # each of the two ranks gets its share of the cores
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.run([str(BIN / command[0]), *command[1:]], env=env).returncode
+
+
+def report(run_dir: Path) -> str:
+    """What came out of the run in ``run_dir``, from its summary."""
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    valid = summary["valid"]["stdlib"]
+    before, after = valid["first"], valid["last"]
+    return f"""
+validation loss   {before["loss"]:.3f} before training, {after["loss"]:.3f} after {summary["steps"]} steps
+bits per byte     {before["bits_per_byte"]:.3f} before training, {after["bits_per_byte"]:.3f} after
+speed             {summary["tokens_per_s"]:,.0f} tokens/s
+run folder        {run_dir} (summary.md, loss.png, metrics.jsonl, checkpoints)
+TensorBoard       tensorboard --logdir {run_dir}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
