@@ -16,13 +16,15 @@ class Corpora:
     train: Blend | Windows
     parts: list[IndexedDataset]
     valid: dict[str, IndexedDataset]
+    order: dict  # sampler, seed and weights
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint records, so that a resumed run is known to read the same data."""
+        """What a checkpoint records, so that a resumed run is known to read the same samples in the same order."""
         return {
             "train": [part.identity() for part in self.parts],
             "tokenizer_sha256": _tokenizer(self.parts[0]),
+            **self.order,
         }
 
     @property
@@ -57,7 +59,8 @@ def open_corpora(
         if len(windows) == 1
         else Blend([(w, x) for (w, _), x in zip(blend, windows, strict=True)], seed=seed)
     )
-    return Corpora(train, parts, valid_sets)
+    order = {"sampler": sampler, "seed": seed, "weights": [weight for weight, _ in blend]}
+    return Corpora(train, parts, valid_sets, order)
 
 
 def _tokenizer(dataset: IndexedDataset) -> str | None:
