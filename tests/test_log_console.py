@@ -51,7 +51,7 @@ def in_a_terminal(*arguments, columns=100):
 def test_a_terminal_shows_a_bar_with_loss_speed_and_remaining_time(tmp_path):
     seen = in_a_terminal(sys.executable, "-c", SCRIPT, str(tmp_path))
     assert re.search(r"step 150/200 .*loss 3.2500 · 1.0k tokens/s · eta 0:00:06", seen)
-    assert "step 150: valid/books: loss: 3.0000 | ppl: 20.09 | bits per byte: 1.5000" in seen
+    assert "step 150 valid/books: loss 3.0000 · ppl 20.09 · 1.5000 bits per byte" in seen
     assert "saved runs/[x]/global_step150" in seen
     assert "iteration" not in seen
 
@@ -68,6 +68,13 @@ def test_a_log_has_one_line_an_interval_with_labels_that_megatrons_readers_know(
     assert int(fields["consumed samples"]) == 1200
     assert float(fields["elapsed time per iteration (ms)"]) == 128
     assert int(fields["number of skipped iterations"]) == 2
+
+
+def test_an_evaluation_is_one_line_of_a_log(capsys):
+    Lines(9, Pace(9)).valid("books", {"loss": 3.0, "ppl": 20.0, "bits_per_byte": 1.5}, 4)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "validation loss at iteration 4 | set: books | loss: 3.000000E+00 | ppl: 2.0" in line
+    assert line.endswith("| bits per byte: 1.5000 |")
 
 
 def test_skipped_iterations_are_counted_since_the_line_before(capsys):

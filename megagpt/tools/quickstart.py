@@ -60,9 +60,10 @@ def generate_command(run_dir: Path) -> list[str]:
 def run(command: list[str]) -> int:
     """Show ``command`` as one would type it, and run it with this Python's own programs."""
     print(f"\n$ {shlex.join(command)}", flush=True)
-    threads = max(1, (os.cpu_count() or 2) // 2)  # each of the two ranks gets its share of the cores
-    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    return subprocess.run([str(BIN / command[0]), *command[1:]], env=env).returncode
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}  # each of two ranks gets its share of the cores
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it looked for another
+    return subprocess.run([str(BIN / command[0]), *command[1:]], env={**env, **os.environ}).returncode
 
 
 def report(run_dir: Path) -> str:

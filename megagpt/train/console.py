@@ -61,7 +61,9 @@ class Lines:
         self._print(" | ".join(fields) + " |")
 
     def valid(self, name: str, record: dict, step: int) -> None:
-        self._print(f"validation loss at iteration {step} | set: {name} | {_valid_fields(record)} |")
+        formats = {"loss": "loss: {:.6E}", "ppl": "ppl: {:.6E}", "word_ppl": "word ppl: {:.6E}"}
+        fields = _formatted(record, {**formats, "bits_per_byte": "bits per byte: {:.4f}"})
+        self._print(" | ".join([f"validation loss at iteration {step}", f"set: {name}", *fields]) + " |")
 
     def message(self, text: str) -> None:
         self._print(text)
@@ -104,10 +106,12 @@ class Bar:
         self._progress.update(self._task, completed=record["step"], status=" · ".join(parts))
 
     def valid(self, name: str, record: dict, step: int) -> None:
-        self.message(f"step {step}: valid/{name}: {_valid_fields(record)}")
+        formats = {"loss": "loss {:.4f}", "ppl": "ppl {:.4g}", "word_ppl": "word ppl {:.4g}"}
+        fields = _formatted(record, {**formats, "bits_per_byte": "{:.4f} bits per byte"})
+        self.message(f"step {step} valid/{name}: {' · '.join(fields)}")
 
     def message(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -119,10 +123,9 @@ def open_console(total_steps: int, start_step: int) -> Lines | Bar:
     return Bar(total_steps, start_step, pace) if is_terminal() else Lines(total_steps, pace)
 
 
-def _valid_fields(record: dict) -> str:
-    formats = {"loss": "loss: {:.4f}", "ppl": "ppl: {:.2f}", "word_ppl": "word ppl: {:.2f}"}
-    formats["bits_per_byte"] = "bits per byte: {:.4f}"
-    return " | ".join(text.format(record[key]) for key, text in formats.items() if key in record)
+def _formatted(record: dict, formats: dict[str, str]) -> list[str]:
+    """The values of ``record`` that ``formats`` names, in the order of ``formats``."""
+    return [text.format(record[key]) for key, text in formats.items() if key in record]
 
 
 def _short(n: float) -> str:
