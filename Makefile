@@ -1,4 +1,4 @@
-# TORCH names the torch build that a fresh environment gets; for a certain CUDA: make install TORCH='torch==2.13.0+cu130'
+# TORCH names the torch build that a fresh environment gets.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv
@@ -17,10 +17,11 @@ help:
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
+	@echo "installing into $(VENV); the first time this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet --editable '.[all,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[all,dev]'
 	touch $@
 
 quickstart: install
