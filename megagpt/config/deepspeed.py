@@ -54,7 +54,7 @@ def load(path: str) -> dict:
     raw = source.read(path)
     problems = list(schema.problems(raw))
     if problems:
-        raise ConfigError(f"{path[:200]}: {'; '.join(problems)}")
+        raise ConfigError(f"{source.name_of(path)}: {'; '.join(problems)}")
     return raw
 
 
@@ -82,7 +82,7 @@ def resolve(
     section = config.pop("optimizer", None)
     optimizer = None if section is None else _optimizer(section, settings, problems)
     if problems:
-        raise ConfigError(f"{path[:200]}: {'; '.join(problems)}")
+        raise ConfigError(f"{source.name_of(path)}: {'; '.join(problems)}")
     if config.get("gradient_clipping", AUTO) == AUTO:
         config["gradient_clipping"] = 1.0  # SPEC 6.2, and DeepSpeed's own default
     for key, number in zip(_BATCH_KEYS, numbers, strict=True):
@@ -92,7 +92,7 @@ def resolve(
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     _monitors(config, settings.run_dir)
     return ResolvedConfig(
-        path=path[:200],
+        path=source.name_of(path),
         config=config,
         world_size=world_size,
         micro_batch=numbers.micro,

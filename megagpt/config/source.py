@@ -15,11 +15,17 @@ def read(source: str) -> dict:
 
     Raises ConfigError when there is no such file, or it is no JSON object, or a key occurs twice.
     """
-    name = source if len(source) <= 200 else f"{source[:40]}..."
+    name = name_of(source)
     value = _parse(_text(source, name), name)
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: holds {type(value).__name__}, not a JSON object in braces")
     return _without_null(value)
+
+
+def name_of(source: str) -> str:
+    """``source`` for a message: on one line and not longer than a path."""
+    name = source if source.isprintable() else repr(source)
+    return name if len(name) <= 200 else f"{name[:40]}..."
 
 
 def _text(source: str, name: str) -> str:
@@ -51,6 +57,8 @@ def _is_base64(source: str) -> bool:
 
 
 def _parse(text: str, name: str) -> object:
+    if not text.strip():
+        raise ConfigError(f"{name}: is empty; {{}} is the shortest DeepSpeed file")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except _Refused as error:

@@ -1,0 +1,142 @@
+"""The flags of train.py: names, aliases, checks, and one line for each mistake."""
+
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.config.fields import TrainSettings, parse
+from megagpt.errors import ConfigError
+
+NEEDED = ["--ds_config", "x.json", "--data", "corpus", "--run_dir", "runs/x"]
+
+
+def message(*flags):
+    with pytest.raises(ConfigError) as caught:
+        parse([*NEEDED, *flags])
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_underscores_and_dashes_name_the_same_flag():
+    assert parse([*NEEDED, "--n-layer", "3"]) == parse([*NEEDED, "--n_layer=3"])
+
+
+@pytest.mark.parametrize("name", ["--ds_config", "--ds-config", "--deepspeed_config", "--deepspeed"])
+def test_the_deepspeed_file_has_the_names_that_launchers_and_tuners_use(name):
+    assert parse([name, "y.json", *NEEDED[2:]]).ds_config == "y.json"
+
+
+def test_the_bare_deepspeed_switch_of_the_tutorials_is_accepted():
+    assert parse(["--deepspeed", "--deepspeed_config", "y.json", *NEEDED[2:]]).ds_config == "y.json"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--local_rank=1", *NEEDED],
+        ["--local_rank", "1", *NEEDED],
+        [*NEEDED, "--local-rank=1"],
+        [*NEEDED, "--local_rank"],
+    ],
+    ids=str,
+)
+def test_local_rank_is_accepted_anywhere_and_ignored(argv):
+    assert parse(argv) == parse(NEEDED)
+
+
+def test_activation_checkpointing_needs_no_number_to_recompute_every_block():
+    assert parse([*NEEDED, "--activation_checkpointing"]).activation_checkpointing == 1
+    assert parse([*NEEDED, "--activation_checkpointing", "--seed", "7"]).activation_checkpointing == 1
+    assert parse([*NEEDED, "--activation_checkpointing", "3"]).activation_checkpointing == 3
+
+
+def test_several_values_follow_one_flag():
+    read = parse([*NEEDED[:2], "--data", "0.7", "a", "0.3", "b", "--betas", "0.9", "0.95", "--run_dir", "r"])
+    assert read.blend() == [(0.7, "a"), (0.3, "b")]
+    assert read.betas == (0.9, 0.95)
+
+
+def test_one_corpus_has_weight_one():
+    assert parse(NEEDED).blend() == [(1.0, "corpus")]
+
+
+def test_validation_sets_are_named():
+    read = parse([*NEEDED, "--valid_data", "books=data/a=b", "code=data/c"])
+    assert read.valid_sets() == {"books": "data/a=b", "code": "data/c"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--n_layers", "3"], ["--n_layers", "'--n_layer'"]),
+        (["-lr", "3"], ["-lr", "'--lr'"]),
+        (["--warmupsteps=3", "--sedd", "1"], ["'--warmup_steps'", "'--seed'"]),
+        (["--lr", "fast"], ["--lr takes FLOAT, not 'fast'"]),
+        (["--n_layer", "1.5"], ["--n_layer takes INT, not '1.5'"]),
+        (["--betas", "0.9"], ["--betas takes FLOAT FLOAT"]),
+        (["--lr"], ["--lr"]),
+        (["--kernels", "cuda"], ["cuda", "triton"]),
+        (["--lr", "-1"], ["--lr -1.0 must be above 0"]),
+        (["--lr", "nan"], ["--lr nan must be above 0"]),
+        (["--dropout", "1"], ["--dropout 1.0 must be at least 0 and below 1"]),
+        (["--n_layer", "0"], ["--n_layer 0 must be at least 1"]),
+        (["--n_layer", "9" * 40], ["--n_layer", "below"]),
+        (["--betas", "0.9", "1"], ["--betas 0.9 1.0 must be"]),
+        (["--max_steps", "3", "--epochs", "1"], ["--max_steps and --epochs"]),
+        (["--lr", "1e-4", "--min_lr", "1e-3"], ["--min_lr 0.001 is above --lr 0.0001"]),
+        (["--valid_data", "books"], ["'books' is not NAME=PREFIX"]),
+        (["--valid_data", "a=x", "a=y"], ["two sets 'a'"]),
+        (["--valid_data", "../a=x"], ["'../a=x' is not NAME=PREFIX"]),
+        (["--resume", ""], ["--resume is empty"]),
+        (["stray"], ["'stray'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_is_told_in_one_line(flags, parts):
+    text = message(*flags)
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    "data", [["0.5", "a", "b"], ["a", "b"], ["0", "a", "1", "b"], ["nan", "a", "1", "b"], []], ids=str
+)
+def test_a_blend_is_pairs_of_a_positive_weight_and_a_prefix(data):
+    with pytest.raises(ConfigError, match=r"--data .* pairs of a positive weight and a prefix"):
+        parse(["--ds_config", "x", "--run_dir", "r", "--data", *data])
+
+
+def test_missing_flags_are_told_together():
+    with pytest.raises(ConfigError, match=r"train\.py needs --data and --run_dir;"):
+        parse(["--ds_config", "x"])
+
+
+def test_all_wrong_numbers_are_told_at_once():
+    text = message("--n_layer", "0", "--lr", "-1", "--save_interval", "-1", "--seed", "-1")
+    assert all(flag in text for flag in ("--n_layer 0", "--lr -1.0", "--save_interval -1", "--seed -1"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.one_of(st.sampled_from([*NEEDED, "--lr", "--betas", "--n_layer", "-1", "="]), st.text()), max_size=8)
+)
+def test_any_arguments_give_settings_or_a_config_error(argv):
+    argv = [word for word in argv if word not in ("-h", "--help")]
+    with suppress(ConfigError):
+        assert isinstance(parse(argv), TrainSettings)
+
+
+def test_help_names_every_flag_and_imports_no_torch():
+    code = (
+        "import sys\nfrom megagpt.config.fields import parse\n"
+        "try: parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    for name in TrainSettings.__dataclass_fields__:
+        assert f"--{name} " in shown.stdout
+    assert "--deepspeed_config" in shown.stdout
