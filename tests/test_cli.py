@@ -1,0 +1,53 @@
+"""The megagpt command: quick answers, one line for a slip, every command really there."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.cli import COMMANDS, main
+from megagpt.version import __version__
+
+HEAVY = {"torch", "numpy", "deepspeed", "tokenizers", "transformers", "tyro", "rich", "hjson", "pydantic"}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--version"], [], ["nonsense"]], ids=str)
+def test_quick_answers_import_nothing_heavy(argv):
+    code = (
+        "import sys\nfrom megagpt.cli import main\n"
+        f"code = main({argv!r})\nprint(sorted({HEAVY!r} & set(sys.modules)))\nsys.exit(code)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.endswith("[]\n"), run.stdout
+    assert run.returncode == (2 if argv == ["nonsense"] else 0)
+
+
+def test_modules_that_check_settings_import_nothing_heavy():
+    modules = "megagpt, megagpt.cli, megagpt.errors, megagpt.dist, megagpt.config.fields, megagpt.config.deepspeed"
+    code = f"import sys, {modules}\nprint(sorted({HEAVY!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megagpt {__version__}\n"
+
+
+def test_a_slip_in_a_command_is_answered_with_the_nearest(capsys):
+    assert main(["prepar"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == "error: unknown command 'prepar' (did you mean 'prepare'?); see megagpt --help\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name):
+    module, function, _ = COMMANDS[name]
+    assert callable(getattr(importlib.import_module(module), function))
