@@ -28,6 +28,7 @@ def import_deepspeed() -> ModuleType:
     # The logger prints dozens of lines a start; its handlers exist only after the import, so the level is set by name.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from deepspeed.utils import logger
 
@@ -38,10 +39,18 @@ def import_deepspeed() -> ModuleType:
 def device_of(world: World) -> torch.device:
     """The device of this rank. A task that sees one GPU uses it whatever its local rank is (``--gpus-per-task``)."""
     if not torch.cuda.is_available():
+        _share_cores(world)
         return torch.device("cpu")
     index = 0 if torch.cuda.device_count() == 1 else world.local_rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _share_cores(world: World) -> None:
+    """Give each rank of this machine its part of the cores: by default every one would start a thread on each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.local_world_size))
 
 
 def start_distributed(world: World, timeout_minutes: float) -> None:

@@ -28,7 +28,8 @@ def write_run(
 ) -> None:
     """Write run.json: ``description`` (settings, model, data, ds_config, ...), this machine, and every start so far.
 
-    A copy of the ``tokenizer`` makes the run folder enough to generate from. Raises StorageError when the run folder cannot be written.
+    A copy of the ``tokenizer`` makes the run folder enough to generate from. Raises StorageError when it cannot be
+    written.
     """
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

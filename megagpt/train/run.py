@@ -2,10 +2,12 @@
 
 import fcntl
 import os
+import random
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megagpt import dist
@@ -44,7 +46,7 @@ def train(settings: TrainSettings, raw: dict, world: dist.World) -> None:
 def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
     settings, config = plan.settings, plan.config
     source, notes = _checkpoint_to_resume(plan)
-    torch.manual_seed(settings.seed)
+    _seed(settings.seed)
     ops = load_ops(
         settings.kernels,
         head_width=plan.model.head_width,
@@ -56,7 +58,7 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
     if source is None and plan.init_weights is not None:
         _load_weights(model, plan)
     # From here on the generators of the ranks differ: each drops its own units.
-    torch.manual_seed(settings.seed + 1 + world.rank)
+    _seed(settings.seed + 1 + world.rank)
     optimizer, optimizer_line = _build_optimizer(model, plan, device)
     engine = deepspeed_engine.build_engine(model, optimizer, config)
     state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.corpora.identity)
@@ -75,7 +77,8 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
             f"model {settings.model or 'gpt1'}: {plan.model.n_params():,} parameters",
             f"kernels {ops.name}: {ops.reason}",
             f"optimizer: {optimizer_line}",
-            f"ZeRO stage {config.zero_stage}, {config.precision}, {world.world_size} ranks, batch "
+            f"ZeRO stage {config.zero_stage}, {config.precision}, {world.world_size} "
+            f"rank{'s' * (world.world_size > 1)}, batch "
             f"{batch.micro_batch} x {batch.accumulation} x {world.world_size} = {batch.global_batch} "
             f"sequences of {plan.model.seq_len}",
             *blend_lines(plan.corpora, plan.total_steps * batch.global_batch),
@@ -88,6 +91,13 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         loop.run()
         summary = {"seconds": time.time() - begun, "checkpoint": str(plan.root / manifest.tag_name(state.step))}
         log.finish(summary)
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator that a checkpoint keeps."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log: RunLog) -> Loop:
