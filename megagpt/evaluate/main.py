@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt import dist
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError
 
@@ -30,10 +29,9 @@ class GenerateSettings:
 
 
 def generate_main(argv: list[str] | None = None) -> int:
-    """Run ``megagpt generate``; the process's exit code."""
-    return dist.run_main(
-        lambda: _generate(parse_flags(GenerateSettings, argv, prog="megagpt generate", aliases=ALIASES))
-    )
+    """Run ``megagpt generate``. Raises a MegaGPTError for whatever the user can mend."""
+    _generate(parse_flags(GenerateSettings, argv, prog="megagpt generate", aliases=ALIASES))
+    return 0
 
 
 def _generate(settings: GenerateSettings) -> None:
