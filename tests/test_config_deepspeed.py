@@ -123,6 +123,12 @@ def test_auto_sizes_of_zero_follow_the_width_of_the_model():
     assert [zero["zero_optimization"][name] for name in names] == [589_824, 530_841, 7_680]
 
 
+def test_whole_numbers_may_be_written_with_an_exponent():
+    zero = resolved({"train_batch_size": 8.0, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}}).config
+    assert json.dumps(zero["zero_optimization"]) == '{"stage": 1, "reduce_bucket_size": 500000000}'
+    assert json.dumps(zero["train_batch_size"]) == "8"
+
+
 def test_no_auto_is_left():
     raw = {
         **AUTO_BATCH,
@@ -133,7 +139,7 @@ def test_no_auto_is_left():
     }
     result = resolved(raw, micro_batch_size=1)
     assert '"auto"' not in json.dumps(result.config)
-    assert result.optimizer_section == {"type": "adamw"}
+    assert result.optimizer_section == {"optimizer": "adamw"}
     assert "optimizer" not in result.config
     assert raw["train_batch_size"] == "auto"  # the caller's file is left as it is
 
@@ -142,7 +148,7 @@ def test_the_optimizer_section_is_joined_with_the_flags():
     section = {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.95], "weight_decay": 0.1}}
     result = resolved({"optimizer": section}, lr=3e-4, eps=1e-6)
     assert result.optimizer_section == {
-        "type": "adamw",
+        "optimizer": "adamw",
         "lr": 3e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-6,
@@ -172,6 +178,7 @@ def test_events_go_to_the_run_folder_unless_the_file_says_otherwise():
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'needs "nvme_path"'),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio below 1"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "8 must divide the 2 ranks"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, "zero_quantized_weights needs stage 3"),
         ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "needs ZeRO stage 1, 2 or 3"),
         ({"train_batch_size": 2**40}, "make no batch"),
     ],
@@ -188,6 +195,11 @@ def test_fp16_on_a_cpu_is_answered_with_what_to_use():
         ConfigError, match=r"^x\.json: fp16 needs a GPU .* use ds_configs/cpu\.json, with --precision bf16"
     ):
         check_hardware(config, "cpu")
+
+
+def test_reading_from_disk_into_a_gpu_needs_one():
+    with pytest.raises(ConfigError, match=r"aio\.use_gds needs a GPU"):
+        check_hardware(resolved({"aio": {"use_gds": True}}), "cpu")
 
 
 def test_bf16_on_an_old_gpu_is_answered_with_what_to_use():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.dist import World, check_port, export, is_main, resolve_world
+from megagpt.dist import World, export, is_main, resolve_world
 from megagpt.errors import ConfigError
 
 TORCHRUN = {
@@ -100,6 +100,11 @@ def test_a_batch_script_without_srun_is_told_so():
         resolve_world({**batch, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
 
 
+def test_a_launcher_in_every_task_is_told_so():
+    with pytest.raises(ConfigError, match="each of the 7 tasks that srun started runs a deepspeed launcher of its own"):
+        resolve_world({**SRUN, **DEEPSPEED})
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -154,10 +159,10 @@ def test_a_taken_port_is_told_before_anyone_waits():
         port = other.getsockname()[1]
         world = World(0, 2, 0, 2, 0, "127.0.0.1", port, "torch")
         with pytest.raises(ConfigError, match=f"cannot listen on port {port} of .*MASTER_PORT with srun"):
-            check_port(world, {})
-        check_port(world, {"TORCHELASTIC_USE_AGENT_STORE": "True"})
-        check_port(dataclasses.replace(world, rank=1), {})
-    check_port(world, {})
+            export(world, {})
+        export(world, {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+        export(dataclasses.replace(world, rank=1), {})
+    export(world, {})
 
 
 def test_rank_0_is_main_under_every_launcher():

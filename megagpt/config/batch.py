@@ -42,6 +42,24 @@ def solve(micro: int | None, accumulation: int | None, total: int | None, world_
     return batch if micro * accumulation == share and micro else None
 
 
+def explain(micro: int | None, accumulation: int | None, total: int, world_size: int) -> str:
+    """Why no batch has the given numbers, and which do."""
+    factors = [f"{micro} per rank" if micro else "", f"{accumulation} steps" if accumulation else ""]
+    product = " x ".join([*filter(None, factors), f"{world_size} rank{'s' * (world_size != 1)}"])
+    if micro and accumulation:
+        found = f"is not {product} = {micro * accumulation * world_size}"
+    else:
+        found = f"is no multiple of {product}"
+    nearest = ", ".join(
+        f"{b.micro} x {b.accumulation} x {world_size} = {b.total}"
+        for b in nearest_valid(micro, accumulation, total, world_size)
+    )
+    return (
+        f"train_batch_size {total} {found}; the nearest settings that fit (micro-batch x accumulation x ranks) are "
+        f'{nearest}; correct one of the numbers or set it to "auto"'
+    )
+
+
 def nearest_valid(
     micro: int | None, accumulation: int | None, total: int, world_size: int, count: int = 3
 ) -> list[Batch]:

@@ -4,14 +4,14 @@ The file owns batch, accumulation, clipping, precision and ZeRO. A key that is a
 a key and a flag that disagree are an error, and all of them are told at once.
 """
 
-import copy
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config import batch, schema, source
 from megagpt.config.fields import TrainSettings
-from megagpt.config.schema import AUTO
+from megagpt.config.kinds import AUTO
+from megagpt.config.zero import fill_auto, offload_device
+from megagpt.config.zero import problems as zero_problems
 from megagpt.errors import ConfigError
 
 _BATCH_KEYS = {  # DeepSpeed's key: our flag
@@ -43,7 +43,7 @@ class ResolvedConfig:
     gradient_clipping: float
     offload_optimizer: str | None  # cpu or nvme, where the optimiser states then live
     offload_param: str | None  # cpu or nvme
-    optimizer_section: dict | None  # {"type": "adamw", "lr": ...}: what file and flags say; None without a section
+    optimizer_section: dict | None  # {"optimizer": "adamw", "lr": ...}: what file and flags say; None without one
 
 
 def load(path: str) -> dict:
@@ -72,13 +72,13 @@ def resolve(
     ``default_global_batch`` is used, rounded to a multiple of the ranks, where neither file nor flags say anything
     about the batch. Raises ConfigError that lists every disagreement.
     """
-    config = copy.deepcopy(raw)
+    config = schema.tidy(raw)
+    zero = config.setdefault("zero_optimization", {})
     problems: list[str] = []
     numbers = _batch(config, settings, world_size, default_global_batch, problems)
     precision = _precision(config, settings, problems)
-    zero = config.setdefault("zero_optimization", {})
-    _zero_auto(zero, hidden_size)
-    problems += _zero_problems(config, zero, world_size)
+    fill_auto(zero, hidden_size)
+    problems += zero_problems(config, world_size)
     section = config.pop("optimizer", None)
     optimizer = None if section is None else _optimizer(section, settings, problems)
     if problems:
@@ -101,8 +101,8 @@ def resolve(
         precision=precision,
         zero_stage=int(zero.get("stage", 0)),
         gradient_clipping=float(config["gradient_clipping"]),
-        offload_optimizer=_offload(zero, "offload_optimizer"),
-        offload_param=_offload(zero, "offload_param"),
+        offload_optimizer=offload_device(zero, "offload_optimizer"),
+        offload_param=offload_device(zero, "offload_param"),
         optimizer_section=optimizer,
     )
 
@@ -115,11 +115,13 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
     zero = resolved.config["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         folder = zero.get(section, {}).get("nvme_path", ".")
-        if _offload(zero, section) == "nvme" and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        if offload_device(zero, section) == "nvme" and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise ConfigError(
                 f"{resolved.path}: zero_optimization.{section}.nvme_path {schema.show(folder)} is no folder one can "
                 "write to; name a folder on this machine's NVMe disk"
             )
+    if resolved.config.get("aio", {}).get("use_gds") and device_type == "cpu":
+        raise ConfigError(f"{resolved.path}: aio.use_gds needs a GPU and none is visible; take the key out")
     if resolved.precision == "fp16" and device_type == "cpu":
         raise ConfigError(
             f"{resolved.path}: fp16 needs a GPU and none is visible; on a CPU use ds_configs/cpu.json, "
@@ -168,25 +170,8 @@ def _batch(
         total = max(1, round(default / unit)) * unit
     solved = batch.solve(micro, accumulation, total, world_size)
     if solved is None:
-        problems.append(_impossible_batch(micro, accumulation, total, world_size))
+        problems.append(batch.explain(micro, accumulation, total, world_size))
     return solved
-
-
-def _impossible_batch(micro: int | None, accumulation: int | None, total: int, world_size: int) -> str:
-    factors = [f"{micro} per rank" if micro else "", f"{accumulation} steps" if accumulation else ""]
-    product = " x ".join([*filter(None, factors), f"{world_size} rank{'s' * (world_size != 1)}"])
-    if micro and accumulation:
-        found = f"is not {product} = {micro * accumulation * world_size}"
-    else:
-        found = f"is no multiple of {product}"
-    nearest = ", ".join(
-        f"{b.micro} x {b.accumulation} x {world_size} = {b.total}"
-        for b in batch.nearest_valid(micro, accumulation, total, world_size)
-    )
-    return (
-        f"train_batch_size {total} {found}; the nearest settings that fit (micro-batch x accumulation x ranks) are "
-        f'{nearest}; correct one of the numbers or set it to "auto"'
-    )
 
 
 def _precision(config: dict, settings: TrainSettings, problems: list[str]) -> str:
@@ -208,52 +193,6 @@ def _precision(config: dict, settings: TrainSettings, problems: list[str]) -> st
     return precision
 
 
-def _zero_auto(zero: dict, hidden_size: int) -> None:
-    """The "auto" sizes of ZeRO, in numbers of elements, as Hugging Face's integration fills them."""
-    sizes = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
-
-
-def _offload(zero: dict, section: str) -> str | None:
-    device = zero.get(section, {}).get("device", "none")
-    return None if device == "none" else device
-
-
-def _zero_problems(config: dict, zero: dict, world_size: int) -> Iterator[str]:
-    """Combinations that DeepSpeed refuses late, or with an exception that does not name the key."""
-    stage = zero.get("stage", 0)
-    for section, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = _offload(zero, section)
-        if device and stage < lowest:
-            yield f"zero_optimization.{section} needs stage {lowest} or higher, not {stage}"
-        if device == "nvme" and stage < 3:
-            yield f"zero_optimization.{section} to nvme needs stage 3, not {stage}"
-        if device == "nvme" and not zero[section].get("nvme_path"):
-            yield f'zero_optimization.{section} to nvme needs "nvme_path", a folder on a local disk'
-    if zero.get("offload_optimizer", {}).get("ratio", 1) < 1 and stage < 3:
-        yield f"zero_optimization.offload_optimizer.ratio below 1 needs stage 3, not {stage}"
-    shard = zero.get("zero_hpz_partition_size", 1)
-    if world_size % shard:
-        yield f"zero_optimization.zero_hpz_partition_size {shard} must divide the {world_size} ranks"
-    for name, key in _NEEDS_ZERO:
-        if config.get(name, {}).get(key) and not stage:
-            yield f"{name}.{key} needs ZeRO stage 1, 2 or 3"
-    bf16 = config.get("bf16", {})
-    if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
-        yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads"
-
-
-_NEEDS_ZERO = (
-    ("fp16", "fp16_master_weights_and_grads"),
-    ("bf16", "bf16_master_weights_and_grads"),
-    ("bf16", "bf16_optimizer_states"),
-)
-
-
 def _optimizer(section: dict, settings: TrainSettings, problems: list[str]) -> dict:
     """The optimizer section joined with the flags; a number that neither gives is left out."""
     kind = section.get("type", "AdamW")
@@ -262,7 +201,7 @@ def _optimizer(section: dict, settings: TrainSettings, problems: list[str]) -> d
         problems.append(f"optimizer.type {schema.show(kind)} is not served; use AdamW, or --optimizer openai_adam")
     elif settings.optimizer not in (None, name):
         problems.append(_disagree(f"optimizer.type is {schema.show(kind)}", f"--optimizer is {settings.optimizer}"))
-    joined = {"type": name}
+    joined = {"optimizer": name} if "type" in section else {}
     params = section.get("params", {})
     for key in ("lr", "betas", "eps", "weight_decay"):
         flag = getattr(settings, key)

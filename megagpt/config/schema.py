@@ -4,63 +4,26 @@ The table is written out, so that a typing mistake is found in milliseconds with
 ignores unknown keys at the top level); a test compares it with DeepSpeed's own models.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import copy
+import json
+from collections.abc import Iterator
 
-from megagpt.errors import nearest
-
-AUTO = "auto"
-_MOST = 2**63 - 1
-
-
-class Kind(NamedTuple):
-    """What a key may hold: in words, and as a test of a JSON value; ``auto`` where "auto" takes a flag's value."""
-
-    words: str
-    fits: Callable[[object], bool]
-    auto: bool = False
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST <= value <= _MOST
-
-
-def whole(low: int = 0, *, auto: bool = False) -> Kind:
-    """A whole number; 5e8 is one too."""
-    return Kind(f"a whole number of at least {low}", lambda v: _number(v) and v == int(v) and v >= low, auto)
-
-
-def real(low: float = 0.0, high: float = math.inf, *, auto: bool = False) -> Kind:
-    words = f"a number of at least {low:g}" if high == math.inf else f"a number between {low:g} and {high:g}"
-    return Kind(words, lambda v: _number(v) and low <= v <= high, auto)
-
-
-def one_of(*values) -> Kind:
-    return Kind(
-        " or ".join(repr(v) if isinstance(v, str) else str(v) for v in values),
-        lambda v: not isinstance(v, bool) and any(v == known for known in values),
-    )
-
-
-def only(value: bool, why: str) -> Kind:
-    """A switch that DeepSpeed knows and MegaGPT needs in one position."""
-    return Kind(f"{str(value).lower()}: {why}", lambda v: v is value)
-
-
-SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
-AUTO_SWITCH = SWITCH._replace(auto=True)
-TEXT = Kind("a text", lambda v: isinstance(v, str))
-NAMES = Kind("a list of names", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v))
-# DeepSpeed aligns what it gathers to pairs of 2-byte elements.
-EVEN = Kind("an even whole number", lambda v: _number(v) and v >= 0 and v % 2 == 0)
-BETAS = Kind(
-    "two numbers of at least 0 and below 1",
-    lambda v: isinstance(v, list) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
-    auto=True,
+from megagpt.config.kinds import (
+    AUTO,
+    AUTO_SWITCH,
+    BETAS,
+    DTYPE,
+    EVEN,
+    NAMES,
+    SWITCH,
+    TABLE,
+    TEXT,
+    one_of,
+    only,
+    real,
+    whole,
 )
-DTYPE = one_of("fp32", "fp16", "bf16")
-ANYTHING = Kind("anything", lambda v: True)
+from megagpt.errors import nearest
 
 _OFFLOAD = {
     "device": one_of("none", "cpu", "nvme"),
@@ -115,30 +78,6 @@ ZERO = {
     "enable_sanity_checks": SWITCH,
     "leaf_module": {"classes": NAMES, "names": NAMES, "name_suffixes": NAMES},
 }
-
-_AUTOTUNING = (  # read by the launcher; any values
-    "enabled",
-    "fast",
-    "results_dir",
-    "exps_dir",
-    "overwrite",
-    "start_profile_step",
-    "end_profile_step",
-    "metric",
-    "metric_path",
-    "tuner_type",
-    "tuner_early_stopping",
-    "tuner_num_trials",
-    "arg_mappings",
-    "mp_size",
-    "num_tuning_micro_batch_sizes",
-    "max_train_batch_size",
-    "min_train_batch_size",
-    "max_train_micro_batch_size_per_gpu",
-    "min_train_micro_batch_size_per_gpu",
-    "model_info",
-    "model_info_path",
-)
 
 SCHEMA = {
     "train_batch_size": whole(1, auto=True),
@@ -228,7 +167,34 @@ SCHEMA = {
         "load_universal": SWITCH,
         "parallel_write": {"pipeline_stage": SWITCH},
     },
-    "autotuning": dict.fromkeys(_AUTOTUNING, ANYTHING),
+    "autotuning": {  # read by the launcher
+        "enabled": SWITCH,
+        "fast": SWITCH,
+        "results_dir": TEXT,
+        "exps_dir": TEXT,
+        "overwrite": SWITCH,
+        "start_profile_step": whole(1),
+        "end_profile_step": whole(1),
+        "metric": one_of("throughput", "latency", "flops", "forward"),
+        "metric_path": TEXT,
+        "tuner_type": one_of("gridsearch", "random", "model_based"),
+        "tuner_early_stopping": whole(),
+        "tuner_num_trials": whole(),
+        "arg_mappings": TABLE,
+        "mp_size": whole(1),
+        "num_tuning_micro_batch_sizes": whole(1),
+        "max_train_batch_size": whole(1),
+        "min_train_batch_size": whole(1),
+        "max_train_micro_batch_size_per_gpu": whole(1),
+        "min_train_micro_batch_size_per_gpu": whole(1),
+        "model_info": {
+            "profile": SWITCH,
+            "num_params": whole(1),
+            "hidden_size": whole(1),
+            "num_layers": whole(1),
+        },
+        "model_info_path": TEXT,
+    },
 }
 
 _REMOVED_KEYS = (  # names that DeepSpeed once knew
@@ -290,6 +256,18 @@ REFUSED = {
 }
 
 
+def tidy(section: dict, known: dict = SCHEMA) -> dict:
+    """A copy of a section without problems, whole numbers as ints however they were written."""
+    result = {}
+    for key, value in section.items():
+        kind = known[key]
+        if isinstance(kind, dict):
+            result[key] = tidy(value, kind)
+        else:
+            result[key] = int(value) if kind.whole and value != AUTO else copy.deepcopy(value)
+    return result
+
+
 def problems(section: dict, known: dict = SCHEMA, prefix: str = "") -> Iterator[str]:
     """What is wrong with the keys and values of a DeepSpeed file, one sentence each."""
     for key, value in section.items():
@@ -310,7 +288,5 @@ def problems(section: dict, known: dict = SCHEMA, prefix: str = "") -> Iterator[
 
 def show(value: object) -> str:
     """A value of the file as JSON has it, cut to a length that fits a message."""
-    import json
-
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,11 +2,10 @@
 
 from megagpt.dist.failures import everywhere, run_main
 from megagpt.dist.hostlist import expand_hostlist, expand_tasks
-from megagpt.dist.world import World, check_port, export, is_main, resolve_world, say
+from megagpt.dist.world import World, export, is_main, resolve_world, say
 
 __all__ = [
     "World",
-    "check_port",
     "everywhere",
     "expand_hostlist",
     "expand_tasks",

@@ -44,6 +44,12 @@ def resolve_world(env: Mapping[str, str]) -> World:
 
 
 def _from_torch(env: Mapping[str, str]) -> World:
+    tasks = _first_number(env, "SLURM_STEP_NUM_TASKS") or 1
+    if tasks > 1 and env.get("CROSS_SIZE") == "1":  # the deepspeed launcher's, on one host
+        raise ConfigError(
+            f"each of the {tasks} tasks that srun started runs a deepspeed launcher of its own; "
+            "start the script itself: srun --kill-on-bad-exit=1 python train.py ..."
+        )
     rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     alone = world_size == 1
     local_rank = _first_number(env, "LOCAL_RANK", "SLURM_LOCALID")
@@ -125,7 +131,8 @@ def _free_port() -> int:
 
 
 def export(world: World, env: MutableMapping[str, str] = os.environ) -> None:
-    """Write ``world`` where torch and DeepSpeed look for it."""
+    """Write ``world`` where torch and DeepSpeed look for it. Raises ConfigError when rank 0's port is taken."""
+    _check_port(world, env)
     env.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.world_size),
@@ -137,10 +144,10 @@ def export(world: World, env: MutableMapping[str, str] = os.environ) -> None:
     )
 
 
-def check_port(world: World, env: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError on rank 0 when the port it is about to listen on is taken: most often another job of the user.
+def _check_port(world: World, env: Mapping[str, str]) -> None:
+    """Rank 0 is about to listen there, and would join another job, or hang, where that one listens already.
 
-    Under torchrun the launcher itself listens there already.
+    Under torchrun the launcher itself does.
     """
     if world.rank or world.world_size == 1 or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
