@@ -139,7 +139,7 @@ def test_no_auto_is_left():
     }
     result = resolved(raw, micro_batch_size=1)
     assert '"auto"' not in json.dumps(result.config)
-    assert result.optimizer_section == {"optimizer": "adamw"}
+    assert result.optimizer_section == {"type": "adamw"}
     assert "optimizer" not in result.config
     assert raw["train_batch_size"] == "auto"  # the caller's file is left as it is
 
@@ -148,7 +148,7 @@ def test_the_optimizer_section_is_joined_with_the_flags():
     section = {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.95], "weight_decay": 0.1}}
     result = resolved({"optimizer": section}, lr=3e-4, eps=1e-6)
     assert result.optimizer_section == {
-        "optimizer": "adamw",
+        "type": "adamw",
         "lr": 3e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-6,
@@ -200,6 +200,13 @@ def test_fp16_on_a_cpu_is_answered_with_what_to_use():
 def test_reading_from_disk_into_a_gpu_needs_one():
     with pytest.raises(ConfigError, match=r"aio\.use_gds needs a GPU"):
         check_hardware(resolved({"aio": {"use_gds": True}}), "cpu")
+
+
+def test_deepspeeds_own_cpu_optimizer_is_not_used_without_a_gpu():
+    raw = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    check_hardware(resolved(raw), "cpu")
+    with pytest.raises(ConfigError, match="zero_force_ds_cpu_optimizer .* set it to false"):
+        check_hardware(resolved({**raw, "zero_force_ds_cpu_optimizer": True}), "cpu")
 
 
 def test_bf16_on_an_old_gpu_is_answered_with_what_to_use():

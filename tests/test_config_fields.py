@@ -140,3 +140,11 @@ def test_help_names_every_flag_and_imports_no_torch():
     for name in TrainSettings.__dataclass_fields__:
         assert f"--{name} " in shown.stdout
     assert "--deepspeed_config" in shown.stdout
+
+
+def test_one_of_several_ranks_answers_help(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert not stop.value.code
+    assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from distributed import free_port, rank_env, run_ranks
@@ -59,52 +60,63 @@ def test_an_answered_help_is_success():
 
 
 PROGRAM = """
-import os, sys, time
+import os, sys
 from megagpt.dist import run_main
 from megagpt.errors import ConfigError
 
 def fn():
-    time.sleep(float(sys.argv[2]) if os.environ["RANK"] == "0" else 0.3)
-    if os.environ["RANK"] in sys.argv[1].split(","):
+    print("running", flush=True)
+    sys.stdin.read()
+    if os.environ["RANK"] in sys.argv[1]:
         raise ConfigError("told")
 
 sys.exit(run_main(fn))
 """
 
 
-def run_program(failing, *, leader_seconds, ranks=3):
+@contextmanager
+def ranks_that_wait(failing, count=3):
+    """Ranks of one job on this host, all inside ``run_main``; each goes on, to fail or not, when its stdin closes."""
     port = free_port()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", PROGRAM, failing]
     jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, failing, str(leader_seconds)],
-            env={**os.environ, **rank_env(rank, ranks, port, "/tmp")},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
+        subprocess.Popen(command, env={**os.environ, **rank_env(rank, count, port, "/tmp")}, text=True, **pipes)
+        for rank in range(count)
     ]
-    shown = [job.communicate(timeout=60)[1] for job in jobs]
-    return [job.returncode for job in jobs], shown
+    try:
+        for job in jobs:
+            assert job.stdout.readline() == "running\n"
+        yield jobs
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
 
 
-def test_a_common_error_is_shown_once():
-    codes, shown = run_program("0,1,2", leader_seconds=0.1)
-    assert codes == [2, 2, 2]
-    assert "".join(shown) == "error: told\n"
+def end(job):
+    """Let a rank go on to its end: its exit code and what it told the user."""
+    told = job.communicate(timeout=60)[1]
+    return job.returncode, told
 
 
-def test_a_common_error_is_shown_once_when_the_first_rank_is_the_last_to_fail():
-    codes, shown = run_program("0,1,2", leader_seconds=1.0)
-    assert codes == [2, 2, 2]
-    assert "".join(shown) == "error: told\n"
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["first rank first", "first rank last"])
+def test_a_common_error_is_shown_once(order):
+    with ranks_that_wait("012") as jobs:
+        for rank in order:
+            jobs[rank].stdin.close()
+            jobs[rank].stdin = None
+        ended = [end(job) for job in jobs]
+    assert ended == [(2, "error: told\n"), (2, ""), (2, "")]
 
 
 def test_a_rank_that_fails_alone_speaks_for_itself():
-    codes, shown = run_program("2", leader_seconds=4.5)
-    assert codes == [0, 0, 2]
-    assert "".join(shown[:2]) == ""
-    assert shown[2].startswith("rank 2 on ")
-    assert shown[2].endswith(": error: told\n")
+    with ranks_that_wait("2") as jobs:
+        code, told = end(jobs[2])
+        assert [end(job) for job in jobs[:2]] == [(0, ""), (0, "")]
+    assert code == 2
+    assert told.startswith("rank 2 on ")
+    assert told.endswith(": error: told\n")
 
 
 # everywhere -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ a key and a flag that disagree are an error, and all of them are told at once.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config import batch, schema, source
@@ -43,7 +44,7 @@ class ResolvedConfig:
     gradient_clipping: float
     offload_optimizer: str | None  # cpu or nvme, where the optimiser states then live
     offload_param: str | None  # cpu or nvme
-    optimizer_section: dict | None  # {"optimizer": "adamw", "lr": ...}: what file and flags say; None without one
+    optimizer_section: dict | None  # {"type": "adamw", "lr": ...}: what file and flags say; None without one
 
 
 def load(path: str) -> dict:
@@ -112,6 +113,8 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
 
     ``device_type`` is "cpu" or "cuda", the latter with its compute ``capability``.
     """
+    for problem in _cpu_problems(resolved) if device_type == "cpu" else ():
+        raise ConfigError(f"{resolved.path}: {problem}")
     zero = resolved.config["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         folder = zero.get(section, {}).get("nvme_path", ".")
@@ -120,18 +123,21 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
                 f"{resolved.path}: zero_optimization.{section}.nvme_path {schema.show(folder)} is no folder one can "
                 "write to; name a folder on this machine's NVMe disk"
             )
-    if resolved.config.get("aio", {}).get("use_gds") and device_type == "cpu":
-        raise ConfigError(f"{resolved.path}: aio.use_gds needs a GPU and none is visible; take the key out")
-    if resolved.precision == "fp16" and device_type == "cpu":
-        raise ConfigError(
-            f"{resolved.path}: fp16 needs a GPU and none is visible; on a CPU use ds_configs/cpu.json, "
-            "with --precision bf16 or fp32"
-        )
     if resolved.precision == "bf16" and device_type == "cuda" and (capability or (8, 0)) < (8, 0):
         raise ConfigError(
             f"{resolved.path}: bf16 needs a GPU of compute capability 8.0 (A100) or newer, this one has "
             f"{capability[0]}.{capability[1]}; use fp16, as in ds_configs/zero{resolved.zero_stage}_fp16.json"
         )
+
+
+def _cpu_problems(resolved: ResolvedConfig) -> Iterator[str]:
+    """What needs a GPU, and what to use instead."""
+    if resolved.precision == "fp16":
+        yield "fp16 needs a GPU and none is visible; on a CPU use ds_configs/cpu.json, with --precision bf16 or fp32"
+    if resolved.config.get("aio", {}).get("use_gds"):
+        yield "aio.use_gds needs a GPU and none is visible; take the key out"
+    if resolved.offload_optimizer and resolved.config["zero_force_ds_cpu_optimizer"]:
+        yield "zero_force_ds_cpu_optimizer asks for DeepSpeed's own Adam, which is not used on CPUs; set it to false"
 
 
 def _join(file_value: object, file_key: str, flag_value: object, flag: str, problems: list[str]) -> object:
@@ -201,7 +207,7 @@ def _optimizer(section: dict, settings: TrainSettings, problems: list[str]) -> d
         problems.append(f"optimizer.type {schema.show(kind)} is not served; use AdamW, or --optimizer openai_adam")
     elif settings.optimizer not in (None, name):
         problems.append(_disagree(f"optimizer.type is {schema.show(kind)}", f"--optimizer is {settings.optimizer}"))
-    joined = {"optimizer": name} if "type" in section else {}
+    joined = {"type": name} if "type" in section else {}
     params = section.get("params", {})
     for key in ("lr", "betas", "eps", "weight_decay"):
         flag = getattr(settings, key)
