@@ -1,0 +1,165 @@
+"""Which files an input names, what each of them is, and how they are divided among shards."""
+
+import glob
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megagpt.data.streams import CHUNK, ENDINGS, Stream
+from megagpt.errors import ConfigError, DataError
+
+FORMATS = {  # ending: format
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or whole lines of it: the bytes from ``start`` to ``stop``."""
+
+    path: str
+    format: str
+    size: int  # of the whole file, bytes
+    mtime_ns: int
+    compressed: bool
+    splittable: bool  # not compressed, and every line stands alone
+    start: int = 0
+    stop: int | None = None  # None for the end of the file
+
+    @property
+    def n_bytes(self) -> int:
+        return (self.size if self.stop is None else self.stop) - self.start
+
+
+def find(inputs: list[str], format: str, *, by_line: bool) -> list[Source]:
+    """The files that ``inputs`` (files, folders, patterns) name, each once, in the order of the inputs and then by name.
+
+    ``format`` is one of FORMATS' or "auto"; ``by_line`` says that each line of a text file is a document. Of a folder all
+    files with a known ending are taken, at any depth. Raises DataError for an input that names nothing.
+    """
+    paths: dict[str, None] = {}
+    for text in inputs:
+        found = _paths(text, format)
+        if not found:
+            raise DataError(f"--input {text}: {_nothing(text)}")
+        paths.update(dict.fromkeys(found))
+    sources = [_source(path, format, by_line) for path in paths]
+    if not any(source.size for source in sources):
+        raise DataError(f"--input {' '.join(inputs)}: {len(sources)} files, all of them empty")
+    return [source for source in sources if source.size]
+
+
+def _paths(text: str, format: str) -> list[str]:
+    if os.path.isdir(text):
+        files = (os.path.join(folder, name) for folder, _, names in os.walk(text) for name in names)
+        return sorted(path for path in files if not _hidden(path, text) and _wanted(path, format))
+    if os.path.exists(text):
+        return [text]
+    return sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
+
+
+def _hidden(path: str, root: str) -> bool:
+    return any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+
+
+def _wanted(path: str, format: str) -> bool:
+    known = _format_by_name(path)
+    return known is not None and (format == "auto" or known == format)
+
+
+def _nothing(text: str) -> str:
+    if os.path.isdir(text):
+        return f"no file in this folder ends in {', '.join(FORMATS)} (or these with {', '.join(ENDINGS)})"
+    if glob.has_magic(text):
+        return "no file matches; quote the pattern so that the shell leaves it as it is"
+    return "no such file or folder"
+
+
+def _format_by_name(path: str) -> str | None:
+    for ending in ENDINGS:
+        path = path.removesuffix(ending)
+    return FORMATS.get(os.path.splitext(path)[1].lower())
+
+
+def _source(path: str, format: str, by_line: bool) -> Source:
+    try:
+        stat = os.stat(path)
+        chosen = format if format != "auto" else _format_by_name(path) or _sniffed(path)
+        compressed = Stream.is_compressed(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if stat.st_size and not compressed and path.endswith(ENDINGS):
+        raise DataError(f"{path} is not compressed as its name says; get the file again or rename it")
+    splittable = not compressed and (chosen == "jsonl" or (chosen == "txt" and by_line))
+    return Source(path, chosen, stat.st_size, stat.st_mtime_ns, compressed, splittable)
+
+
+def _sniffed(path: str) -> str:
+    """``txt`` for a file with an unknown ending that holds text. Raises DataError for anything else."""
+    with Stream(path) as stream:
+        head = stream.read(CHUNK)
+    try:
+        head.decode(errors="strict")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # not merely the last character cut in two
+            raise DataError(_unknown(path)) from None
+    if b"\0" in head:
+        raise DataError(_unknown(path))
+    return "txt"
+
+
+def _unknown(path: str) -> str:
+    kinds = ", ".join(dict.fromkeys(FORMATS.values()))
+    return f"{path}: its ending is unknown and it is not UTF-8 text; say what it is with --format ({kinds})"
+
+
+def shard(sources: list[Source], i: int, n: int) -> list[Source]:
+    """Part ``i`` of ``n`` (from 1 on): parts 1 to n hold everything once, in order, about equally many bytes each.
+
+    Files in which lines stand alone are cut at any line, others are whole. Raises ConfigError for an empty part.
+    """
+    total = sum(source.size for source in sources)
+    first, stop = total * (i - 1) // n, total * i // n
+    part, at = [], 0
+    for source in sources:
+        begin, end = max(first - at, 0), min(stop - at, source.size)
+        if source.splittable:
+            part.extend(part_of(source, begin, end))
+        elif first <= at + source.size // 2 < stop:
+            part.append(source)
+        at += source.size
+    if not part:
+        raise ConfigError(
+            f"--shard {i}/{n} has nothing to do: the {len(sources)} input files cannot be cut into that many parts; "
+            "use fewer shards, or more files"
+        )
+    return part
+
+
+def part_of(source: Source, begin: int, end: int) -> list[Source]:
+    """The lines of a splittable file that begin in bytes ``begin`` to ``end``, as a list of one; of none if there are none."""
+    if begin >= end:
+        return []
+    start, stop = _line_start(source, begin), _line_start(source, end)
+    if start >= stop:
+        return []
+    return [source if stop - start == source.size else replace(source, start=start, stop=stop)]
+
+
+def _line_start(source: Source, at: int) -> int:
+    """The first byte from ``at`` on at which a line begins; the file's size where none does."""
+    if at == 0:
+        return 0
+    with open(source.path, "rb") as file:
+        file.seek(at - 1)
+        while chunk := file.read(CHUNK):
+            if (end := chunk.find(b"\n")) >= 0:
+                return file.tell() - len(chunk) + end + 1
+    return source.size

@@ -1,0 +1,22 @@
+"""The embedded corpus: the standard library that every Python carries, each module a document of code and English."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+from megagpt.errors import DataError
+
+NAME = "python-stdlib"
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def files() -> list[str]:
+    """The source files of the running Python's standard library, by name; no tests, no installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, names, modules in os.walk(root):
+        names[:] = sorted(name for name in names if name not in _LEFT_OUT and not name.startswith("config-"))
+        found += [os.path.join(folder, module) for module in modules if module.endswith(".py")]
+    if not found:
+        raise DataError(f"this Python has no sources of its standard library in {root}; give --input instead")
+    return sorted(found)
