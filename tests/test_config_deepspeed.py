@@ -205,7 +205,7 @@ def test_reading_from_disk_into_a_gpu_needs_one():
 def test_deepspeeds_own_cpu_optimizer_is_not_used_without_a_gpu():
     raw = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     check_hardware(resolved(raw), "cpu")
-    with pytest.raises(ConfigError, match="zero_force_ds_cpu_optimizer .* set it to false"):
+    with pytest.raises(ConfigError, match=r"zero_force_ds_cpu_optimizer .* set it to false"):
         check_hardware(resolved({**raw, "zero_force_ds_cpu_optimizer": True}), "cpu")
 
 

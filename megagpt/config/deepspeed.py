@@ -5,7 +5,7 @@ a key and a flag that disagree are an error, and all of them are told at once.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megagpt.config import batch, schema, source
@@ -20,13 +20,8 @@ _BATCH_KEYS = {  # DeepSpeed's key: our flag
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "train_batch_size": "global_batch_size",
 }
-_OPTIMIZER_TYPES = {
-    "adam": "adamw",
-    "adamw": "adamw",
-    "fusedadam": "apex",
-    "openai_adam": "openai_adam",
-    "apex": "apex",
-}
+# DeepSpeed's Adam decouples the decay as well, unless adam_w_mode says otherwise.
+_OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "openai_adam": "openai_adam", "apex": "apex"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +48,14 @@ def load(path: str) -> dict:
     Raises ConfigError that lists everything wrong with it.
     """
     raw = source.read(path)
-    problems = list(schema.problems(raw))
-    if problems:
-        raise ConfigError(f"{source.name_of(path)}: {'; '.join(problems)}")
+    _refuse(schema.problems(raw), path)
     return raw
+
+
+def _refuse(problems: Iterable[str], path: str) -> None:
+    told = "; ".join(problems)
+    if told:
+        raise ConfigError(f"{source.name_of(path)}: {told}")
 
 
 def resolve(
@@ -73,6 +72,7 @@ def resolve(
     ``default_global_batch`` is used, rounded to a multiple of the ranks, where neither file nor flags say anything
     about the batch. Raises ConfigError that lists every disagreement.
     """
+    _refuse(schema.problems(raw), path)
     config = schema.tidy(raw)
     zero = config.setdefault("zero_optimization", {})
     problems: list[str] = []
@@ -82,8 +82,7 @@ def resolve(
     problems += zero_problems(config, world_size)
     section = config.pop("optimizer", None)
     optimizer = None if section is None else _optimizer(section, settings, problems)
-    if problems:
-        raise ConfigError(f"{source.name_of(path)}: {'; '.join(problems)}")
+    _refuse(problems, path)
     if config.get("gradient_clipping", AUTO) == AUTO:
         config["gradient_clipping"] = 1.0  # SPEC 6.2, and DeepSpeed's own default
     for key, number in zip(_BATCH_KEYS, numbers, strict=True):
@@ -113,8 +112,8 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
 
     ``device_type`` is "cpu" or "cuda", the latter with its compute ``capability``.
     """
-    for problem in _cpu_problems(resolved) if device_type == "cpu" else ():
-        raise ConfigError(f"{resolved.path}: {problem}")
+    if device_type == "cpu":
+        _refuse(_cpu_problems(resolved), resolved.path)
     zero = resolved.config["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         folder = zero.get(section, {}).get("nvme_path", ".")

@@ -110,7 +110,6 @@ SCHEMA = {
             "betas": BETAS,
             "eps": real(auto=True),
             "weight_decay": real(auto=True),
-            "torch_adam": SWITCH,
             "adam_w_mode": only(True, "weight decay is decoupled"),
         },
     },
@@ -164,7 +163,6 @@ SCHEMA = {
     },
     "checkpoint": {
         "tag_validation": one_of("Ignore", "Warn", "Fail"),
-        "load_universal": SWITCH,
         "parallel_write": {"pipeline_stage": SWITCH},
     },
     "autotuning": {  # read by the launcher
@@ -227,6 +225,7 @@ REFUSED = {
     "data_types.buffer_dtype": "the model has no buffers; take the key out",
     "data_types.keep_in_fp32_modules": "the model has no such modules; take the key out",
     "optimizer.legacy_fusion": "MegaGPT chooses the implementation of the optimiser; take the key out",
+    "optimizer.params.torch_adam": "MegaGPT chooses the implementation of the optimiser; take the key out",
     "comet.api_key": "set COMET_API_KEY in the environment: the file is copied into the run folder",
     "data_efficiency": "the order of the data is MegaGPT's: see --sampler",
     "compile": "the engine is not compiled; take the section out",
@@ -242,6 +241,7 @@ REFUSED = {
     "checkpoint.use_node_local_storage": _OWN_FILES,
     "checkpoint.checkpoint_serialization": _OWN_FILES,
     "checkpoint.writer": _OWN_FILES,
+    "checkpoint.load_universal": _OWN_FILES,
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": 'write "pin_memory" inside "offload_optimizer"',
