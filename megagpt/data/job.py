@@ -103,7 +103,7 @@ class Job:
             state = self._tokenise(state)
         infos = [CorpusInfo(**found) for found in state["sealed"]]
         for name, prefix, info in zip(self._names, self._prefixes, infos, strict=True):
-            publish(self._folder, name, prefix, self._tokenizer, info)
+            publish(self._folder, name, prefix, self._tokenizer.json, info)
         return infos
 
     def _state(self) -> dict:
@@ -164,7 +164,7 @@ class Job:
                 "skipped": dict(self._skipped.counts),
                 "skipped_examples": self._skipped.examples,
             }
-            sealed = [asdict(writer.seal(self._tokenizer, settings)) for writer in writers]
+            sealed = [asdict(writer.seal(self._tokenizer.sha256, self._tokenizer.eot_id, settings)) for writer in writers]
         finally:
             for writer in writers:
                 writer.close()

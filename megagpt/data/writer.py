@@ -15,7 +15,6 @@ import numpy as np
 from megagpt.data.indexed import DTYPES, HEADER, MAGIC, dtype_for
 from megagpt.data.info import CorpusInfo
 from megagpt.data.storage import storage_errors, sync, sync_folder, write_atomically
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.version import __version__
 
 _CHUNK = 1 << 20  # bytes or entries handled at a time
@@ -53,7 +52,7 @@ class WriterState:
 
 
 class CorpusWriter:
-    """Appends documents to ``folder``/<name>.bin until ``seal`` completes the corpus; ``publish`` then names it.
+    """Appends documents to ``folder``/<name>.bin until ``finish`` completes the corpus and names it.
 
     ``state`` is where an earlier writer of the same folder got to; what lies beyond it is cut off.
     Raises StorageError when the disk is full or refuses.
@@ -62,7 +61,7 @@ class CorpusWriter:
     def __init__(self, folder: Path, name: str, vocab_size: int, state: WriterState | None = None) -> None:
         self.dtype = dtype_for(vocab_size)
         self.state = state or WriterState()
-        self._vocab_size = vocab_size
+        self._folder, self._name, self._vocab_size = folder, name, vocab_size
         self._bin_path, self._lengths_path = folder / f"{name}.bin", folder / f"{name}.lengths"
         self._idx_path = folder / f"{name}.idx"
         counts = self.state.counts
@@ -112,13 +111,21 @@ class CorpusWriter:
             with contextlib.suppress(OSError):  # a full disk has been reported by the write before
                 file.close()
 
-    def seal(self, tokenizer: Tokenizer, settings: dict) -> CorpusInfo:
+    def finish(
+        self, prefix: str, tokenizer_json: bytes, tokenizer_sha256: str, eot_id: int | None, settings: dict
+    ) -> CorpusInfo:
+        """Complete the corpus and name it ``prefix``; its sidecar."""
+        info = self.seal(tokenizer_sha256, eot_id, settings)
+        publish(self._folder, self._name, prefix, tokenizer_json, info)
+        return info
+
+    def seal(self, tokenizer_sha256: str, eot_id: int | None, settings: dict) -> CorpusInfo:
         """Complete the files in the work folder; the sidecar that belongs to them."""
         self.sync()
         return CorpusInfo(
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eot_id=tokenizer.eot_id,
+            tokenizer_sha256=tokenizer_sha256,
+            vocab_size=self._vocab_size,
+            eot_id=eot_id,
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=self._write_index(),
             megagpt_version=__version__,
@@ -158,7 +165,7 @@ def _chunks(path: Path) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, np.int32)
 
 
-def publish(folder: Path, name: str, prefix: str, tokenizer: Tokenizer, info: CorpusInfo) -> None:
+def publish(folder: Path, name: str, prefix: str, tokenizer_json: bytes, info: CorpusInfo) -> None:
     """Give the sealed corpus ``name`` in ``folder`` its final names, in the place of any corpus there.
 
     The sidecar goes first and comes last, so at no moment does one stand beside tokens of another corpus. Safe to repeat
@@ -170,5 +177,5 @@ def publish(folder: Path, name: str, prefix: str, tokenizer: Tokenizer, info: Co
             if (folder / f"{name}{ending}").exists():
                 os.replace(folder / f"{name}{ending}", prefix + ending)
         sync_folder(Path(prefix).absolute().parent)
-    tokenizer.save(prefix + ".tokenizer.json")
+    write_atomically(Path(prefix + ".tokenizer.json"), tokenizer_json)
     write_atomically(Path(prefix + ".json"), info.to_bytes())
