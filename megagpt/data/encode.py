@@ -1,8 +1,8 @@
 """Texts to ids at speed, with exactly the ids of the ``tokenizers`` library.
 
-Where the vocabulary is byte-level and tiktoken is installed, tiktoken does the work, several times faster. It orders merges
-by the id of what they make instead of by their position in a list, so it is used only where both orders are the same, and
-every call compares the start of its first text with the library.
+Where the vocabulary is byte-level and tiktoken is installed, tiktoken does the work, several times faster. It orders
+merges by the id of what they make instead of by their position in a list, so it is used only where both orders are
+the same, and every call compares the start of its first text with the library.
 """
 
 import re

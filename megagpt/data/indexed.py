@@ -54,9 +54,9 @@ def plain_prefix(path: str | os.PathLike) -> str:
 class IndexedDataset:
     """A corpus of documents, mapped into memory read-only. ``path`` is its prefix or one of its files.
 
-    ``tokens`` is flat, of ``dtype`` (n_tokens,); ``info`` is the sidecar, or None for a corpus without one. Opening reads
-    a few pages whatever the size of the corpus. Raises DataError for files that are missing, truncated, foreign or
-    contradict each other.
+    ``tokens`` is flat, of ``dtype`` (n_tokens,); ``info`` is the sidecar, or None for a corpus without one. Opening
+    reads a few pages whatever the size of the corpus. Raises DataError for files that are missing, truncated, foreign
+    or contradict each other.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -111,6 +111,14 @@ class IndexedDataset:
             return self.n_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
+    def document_lengths(self, first: int, stop: int) -> np.ndarray:
+        """Tokens of documents ``first`` to ``stop``, int64 (stop - first,)."""
+        sequences = self._boundaries[first : stop + 1]
+        begins = np.full(len(sequences), self._bin_bytes)
+        inside = sequences < len(self._pointers)
+        begins[inside] = self._pointers[sequences[inside]]
+        return np.diff(begins) // self.dtype.itemsize
+
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The ``length`` tokens from each of ``starts`` on, of ``dtype`` (len(starts), length), copied.
 
@@ -132,7 +140,7 @@ class IndexedDataset:
                 self._bin.madvise(mmap.MADV_WILLNEED, page, (start + length) * size - page)
 
     def check_unchanged(self) -> None:
-        """Raise DataError where the file is no longer as long as it was: touching what is gone would kill the process."""
+        """Raise DataError where the file is no longer as long as it was: touching what is gone kills the process."""
         if self._bin and (found := self._bin.size()) != self._bin_bytes:
             raise self._broken(f"it was {self._bin_bytes:,} bytes long when opened and is now {found:,}")
 
@@ -175,9 +183,11 @@ class IndexedDataset:
                 )
 
     def max_id(self) -> int:
-        """The largest id: from the sidecar, else by reading all tokens. Raises DataError for a negative id."""
-        if self.info is not None:
-            return self.info.max_id
+        """The largest id: the sidecar's, else found by reading all tokens."""
+        return self.info.max_id if self.info is not None else self.largest_id()
+
+    def largest_id(self) -> int:
+        """The largest id among the tokens, all of which are read. Raises DataError for a negative one."""
         largest = 0
         for at in range(0, self.n_tokens, _CHUNK):
             chunk = self.tokens[at : at + _CHUNK]
@@ -192,7 +202,7 @@ class IndexedDataset:
         return {"n_tokens": self.n_tokens, "n_documents": self.n_documents, "dtype": str(self.dtype), "sha256": digest}
 
     def _sampled_hash(self) -> str:
-        """SHA-256 over 64 pages evenly spread over the tokens: a corpus without a sidecar is too large to hash at start."""
+        """SHA-256 over 64 pages evenly spread over the tokens, as all of them may be too many to read at start."""
         digest = hashlib.sha256()
         for k in range(64):
             at = self._bin_bytes * k // 64

@@ -1,7 +1,7 @@
-"""One run of ``megagpt prepare``: the folder it works in, what it records there, and how it goes on after an interruption.
+"""One run of ``megagpt prepare``: the folder it works in, what it records there, and how it goes on if interrupted.
 
-``<output>.preparing/`` holds the growing corpus and state.json: the place that reading had come to and how long the files were
-when all of it was last on the disk. It is removed when the corpus has its names, or when the input is at fault.
+``<output>.preparing/`` holds the growing corpus and state.json: the place that reading had come to and how long the
+files were when all of it was last on the disk. It is removed when the corpus has its names or the input is at fault.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from megagpt.data.storage import storage_errors, write_atomically
 from megagpt.data.tokenise import Recipe, Result, Worker
 from megagpt.data.tokenizer import from_file, load
 from megagpt.data.workers import Workers, available_cores
-from megagpt.data.writer import CorpusWriter, WriterState, publish
+from megagpt.data.writer import CorpusWriter, Counts, WriterState, publish
 from megagpt.errors import ConfigError, DataError, nearest
 
 _SAVE_EVERY_S = 5.0
@@ -36,16 +36,17 @@ _NAMES = ("train", "valid")
 
 
 class Job:
-    """A corpus being made from ``sources``, which may be one shard of ``everything``, the whole input."""
+    """A corpus being made from ``sources``, which may be one shard, named by ``suffix``, of ``everything``."""
 
-    def __init__(self, settings: PrepareSettings, output: str, sources: list[Source], everything: list[Source]) -> None:
+    def __init__(self, settings: PrepareSettings, suffix: str, sources: list[Source], everything: list[Source]) -> None:
         self._settings, self._sources, self._everything = settings, sources, everything
         self._training = parse_training(settings.tokenizer)
         self._tokenizer = None if self._training else load(settings.tokenizer)
         self._reading = Reading(settings.document, settings.column, settings.quoting)
         self._names = _NAMES if settings.valid_fraction else _NAMES[:1]
-        self._prefixes = [output, f"{output}-valid"][: len(self._names)]
-        self._folder = Path(f"{output}.preparing")
+        bases = [settings.output, f"{settings.output}-valid"][: len(self._names)]
+        self._prefixes = [base + suffix for base in bases]
+        self._folder = Path(f"{settings.output}{suffix}.preparing")
         self._fingerprint = self._hash_of_everything()
         self._skipped = Skipped()
 
@@ -57,7 +58,7 @@ class Job:
         sources = [asdict(source) for source in self._everything]
         return hashlib.sha256(json.dumps([settings, sources], sort_keys=True).encode()).hexdigest()
 
-    def already_done(self) -> list[CorpusInfo] | None:
+    def already_done(self) -> dict[str, CorpusInfo] | None:
         """The sidecars of the corpus if the same job has made it before, else None. ConfigError for another corpus."""
         if self._state():  # it may have been interrupted while it replaced another corpus
             return None
@@ -67,7 +68,7 @@ class Job:
         with contextlib.suppress(DataError):
             infos = [CorpusInfo.read(Path(prefix + ".json")) for prefix in self._prefixes]
             if all(info and info.settings.get("fingerprint") == self._fingerprint for info in infos):
-                return infos
+                return dict(zip(self._prefixes, infos, strict=True))
         if not self._settings.overwrite:
             path = self._prefixes[0] + existing[0]
             raise ConfigError(f"{path} exists and was made from something else; --overwrite replaces it")
@@ -91,8 +92,8 @@ class Job:
                 raise
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def run(self) -> list[CorpusInfo]:
-        """Do what is left to do; the sidecars of the finished corpora."""
+    def run(self) -> dict[str, CorpusInfo]:
+        """Do what is left to do; {prefix: sidecar} of the finished corpora."""
         state = self._state()
         if state:
             print(f"going on where an interrupted run stopped ({self._folder})")
@@ -104,7 +105,7 @@ class Job:
         infos = [CorpusInfo(**found) for found in state["sealed"]]
         for name, prefix, info in zip(self._names, self._prefixes, infos, strict=True):
             publish(self._folder, name, prefix, self._tokenizer.json, info)
-        return infos
+        return dict(zip(self._prefixes, infos, strict=True))
 
     def _state(self) -> dict:
         """What an interrupted run of the same job recorded; empty where there is none."""
@@ -164,7 +165,9 @@ class Job:
                 "skipped": dict(self._skipped.counts),
                 "skipped_examples": self._skipped.examples,
             }
-            sealed = [asdict(writer.seal(self._tokenizer.sha256, self._tokenizer.eot_id, settings)) for writer in writers]
+            sealed = [
+                asdict(writer.seal(self._tokenizer.sha256, self._tokenizer.eot_id, settings)) for writer in writers
+            ]
         finally:
             for writer in writers:
                 writer.close()
@@ -185,19 +188,18 @@ class Job:
             sizes.append(sizes[-1] + source.n_bytes)
         alone = sizes[-1] < _ALONE and not settings.workers
         n_workers = 0 if alone or settings.workers == 1 else settings.workers or available_cores()
-        before = sum(writer.state.counts.n_bytes for writer in writers)
+        before = _total(writers).n_bytes
         progress = Progress("prepare", sizes[-1], sizes[resume[0]])
         saved_at = time.monotonic()
         with Workers(n_workers, Worker, recipe) as workers, progress:
             for block, result in workers.map(blocks(self._sources, self._reading, resume)):
                 self._append(writers, result)
-                counts = [writer.state.counts for writer in writers]
+                counts = _total(writers)
                 source, passed = block.resume
                 progress.update(
                     sizes[source] + (block.position if passed else 0),
-                    sum(count.n_bytes for count in counts) - before,
-                    sum(count.n_documents for count in counts),
-                    sum(count.n_tokens for count in counts),
+                    counts.n_bytes - before,
+                    f"{counts.n_documents:,} documents | {counts.n_tokens / 1e6:.1f} M tokens",
                 )
                 if time.monotonic() - saved_at > _SAVE_EVERY_S:
                     self._save(writers, block)
@@ -232,8 +234,9 @@ class Job:
         if not all(found):
             empty = "for validation" if found[0] else "for training"
             raise DataError(
-                f"of {sum(found):,} documents none is {empty} with --valid_fraction {self._settings.valid_fraction}; change it, "
-                "or make more documents of the text with --document paragraph or line"
+                f"of {sum(found):,} documents none is {empty} with --valid_fraction "
+                f"{self._settings.valid_fraction}; change it, or make more documents of the text with "
+                "--document paragraph or line"
             )
 
     def _no_documents(self) -> DataError:
@@ -242,6 +245,14 @@ class Job:
         hint = ""
         if skipped.counts[NO_KEY]:
             keys = [name for name, _ in skipped.keys.most_common(8)]
-            hint = f"; there is no key {key!r}{nearest(key, keys)}, the keys are {', '.join(keys)}: choose one with --json_key"
+            listed = ", ".join(keys)
+            hint = f"; there is no key {key!r}{nearest(key, keys)}, but {listed}: choose one with --json_key"
         first = f"; the first: {skipped.examples[0]}" if skipped.examples else ""
         return DataError(f"the input has no documents: {reasons}{first}{hint}")
+
+
+def _total(writers: list[CorpusWriter]) -> Counts:
+    total = Counts()
+    for writer in writers:
+        total.add(writer.state.counts)
+    return total

@@ -1,13 +1,36 @@
 """The commands on data: ``megagpt prepare`` and ``megagpt data info|verify|merge``."""
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
+
+from tyro.conf import Positional
 
 from megagpt import dist
 from megagpt.config.flags import parse_flags
 from megagpt.data.info import CorpusInfo
+from megagpt.data.manage import describe, merge, parts_of, verify
 from megagpt.data.prepare import PrepareSettings, prepare
 from megagpt.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Describe corpora, or verify all of their bytes."""
+
+    prefix: Positional[tuple[str, ...]] = ()
+    """prefixes of corpora, as in data/books"""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Join corpora of one tokenizer: those named, or all shards OUTPUT-i-of-n."""
+
+    output: str
+    """prefix of the joined corpus"""
+    prefix: Positional[tuple[str, ...]] = ()
+    """prefixes of the corpora to join, in this order"""
+    overwrite: bool = False
+    """replace an existing corpus of the same name"""
 
 
 def prepare_main(argv: list[str] | None = None) -> int:
@@ -16,15 +39,57 @@ def prepare_main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(settings: PrepareSettings) -> None:
-    infos = prepare(settings)
-    for info in infos:
-        print(_summary(info))
+    for prefix, info in prepare(settings).items():
+        print(_line(prefix, info))
+    for reason, n in info.settings["skipped"].items():
+        print(f"skipped: {n:,} {reason}")
+    for example in info.settings["skipped_examples"]:
+        print(f"  {example}")
 
 
-def _summary(info: CorpusInfo) -> str:
-    return f"{info.n_documents:,} documents, {info.n_tokens:,} tokens"
+def _line(prefix: str, info: CorpusInfo) -> str:
+    return (
+        f"{prefix}: {info.n_documents:,} documents, {info.n_words:,} words, {info.n_bytes:,} bytes, "
+        f"{info.n_tokens:,} tokens ({info.n_bytes / max(info.n_tokens, 1):.2f} bytes each) of a vocabulary of "
+        f"{info.vocab_size:,}"
+    )
 
 
 def data_main(argv: list[str] | None = None) -> int:
     """Run ``megagpt data``; the process's exit code."""
-    raise NotImplementedError
+    return dist.run_main(lambda: _data(sys.argv[1:] if argv is None else argv))
+
+
+def _data(argv: list[str]) -> None:
+    commands = {"info": _info, "verify": _verify, "merge": _merge}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: megagpt data info|verify PREFIX..., or megagpt data merge --output PREFIX [PREFIX...]")
+        return
+    if argv[0] not in commands:
+        raise ConfigError(f"unknown command {argv[0][:80]!r}{nearest(argv[0][:80], commands)}; see megagpt data --help")
+    commands[argv[0]](argv[1:])
+
+
+def _prefixes(argv: list[str], command: str) -> tuple[str, ...]:
+    prefixes = parse_flags(Corpora, argv, prog=f"megagpt data {command}").prefix
+    if not prefixes:
+        raise ConfigError(f"megagpt data {command} needs the prefix of a corpus, as in data/books")
+    return prefixes
+
+
+def _info(argv: list[str]) -> None:
+    for prefix in _prefixes(argv, "info"):
+        print(prefix)
+        for name, value in describe(prefix):
+            print(f"  {name:<14}{value}")
+
+
+def _verify(argv: list[str]) -> None:
+    for prefix in _prefixes(argv, "verify"):
+        print(f"{prefix}: {verify(prefix)}", flush=True)
+
+
+def _merge(argv: list[str]) -> None:
+    settings = parse_flags(Merging, argv, prog="megagpt data merge")
+    prefixes = list(settings.prefix) or parts_of(settings.output)
+    print(_line(settings.output, merge(prefixes, settings.output, overwrite=settings.overwrite)))

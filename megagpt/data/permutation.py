@@ -1,9 +1,9 @@
 """A pseudo-random permutation of range(n) that is computed and not stored: any entry at once, at any n, in no memory.
 
 An index is written as two digits (left, right) in bases a and b with a*b just above n, and goes through a Feistel
-network: six rounds that each add a hash of one digit to the other. Each round can be undone, so the whole is a bijection
-of range(a*b); an index that lands outside range(n) goes through again until it is inside ("cycle walking", here rare,
-as a*b < n + 2*sqrt(n) + 2). Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+network: six rounds that each add a hash of one digit to the other. Each round can be undone, so the whole is a
+bijection of range(a*b); an index that lands outside range(n) goes through again until it is inside ("cycle walking",
+here rare, as a*b < n + 2*sqrt(n) + 2). Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
 """
 
 import math
@@ -39,12 +39,12 @@ def random_uint64(seed: int, index: np.ndarray) -> np.ndarray:
 def permute(index, n: int, seed):
     """Where ``index`` goes under permutation ``seed`` of range(n), n up to 2**62.
 
-    ``index`` is an int or an integer array, ``seed`` an int or an array of one uint64 for each index. Returns an int for an
-    int, else int64 of the shape of ``index``.
+    ``index`` is an int or an integer array, ``seed`` an int or an array of one uint64 for each index. Returns an int
+    for an int, else int64 of the shape of ``index``.
     """
     if isinstance(index, (int, np.integer)):
         return int(permute(np.array([index]), n, seed)[0])
-    if index.size and not (0 <= int(index.min()) and int(index.max()) < n):
+    if index.size and not (int(index.min()) >= 0 and int(index.max()) < n):
         raise IndexError(f"an index is outside of range({n})")
     seeds = np.uint64(seed & _MASK) if isinstance(seed, int) else np.asarray(seed, np.uint64)
     a = math.isqrt(max(n - 1, 0)) + 1

@@ -46,7 +46,7 @@ class PrepareSettings:
     valid_fraction: float = 0.0
     """share of the documents that go to OUTPUT-valid instead; equal documents stay together"""
     shard: str = "1/1"
-    """i/n: only part i of n, to OUTPUT-i-of-n; `megagpt data merge` joins the parts"""
+    """i/n: only part i of n, to OUTPUT-i-of-n; `megagpt data merge --output OUTPUT` joins the parts"""
     workers: int = 0
     """processes; 0 for one a core"""
     sample_mb: int = 64
@@ -57,8 +57,8 @@ class PrepareSettings:
     """replace an existing corpus of the same name"""
 
 
-def prepare(settings: PrepareSettings) -> list[CorpusInfo]:
-    """Make the corpus that ``settings`` describe; the sidecars of the training set and, if any, of the validation set.
+def prepare(settings: PrepareSettings) -> dict[str, CorpusInfo]:
+    """Make the corpus that ``settings`` describe; {prefix: sidecar} of the training set and of any validation set.
 
     Raises ConfigError, DataError or StorageError; then no file of the corpus has been touched.
     """
@@ -67,10 +67,10 @@ def prepare(settings: PrepareSettings) -> list[CorpusInfo]:
     i, n = _check(settings)
     everything = _sources(settings)
     sources = everything if n == 1 else shard(everything, i, n)
-    output = settings.output if n == 1 else f"{settings.output}-{i}-of-{n}"
-    job = Job(settings, output, sources, everything)
+    suffix = "" if n == 1 else f"-{i}-of-{n}"
+    job = Job(settings, suffix, sources, everything)
     if (done := job.already_done()) is not None:
-        print(f"{output} is up to date: made from the same files with the same settings")
+        print(f"{settings.output}{suffix} is up to date: made from the same files with the same settings")
         return done
     with job.work_folder():
         return job.run()

@@ -7,7 +7,7 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Shows the share of ``total`` input bytes done, the rate of text in MB/s and the time left.
+    """Shows the share done of ``total``, in any unit, the bytes handled a second and the time left.
 
     ``done`` is what an earlier, interrupted job had done: it counts for the share and not for the rate.
     """
@@ -15,26 +15,24 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._label, self._total = label, max(total, 1)
         self._before, self._done = done, done
-        self._text_bytes = self._documents = self._tokens = 0
+        self._bytes = 0
         self._begun = self._shown = time.monotonic()
         self._bar = _bar(label, self._total, done) if sys.stdout.isatty() else None
 
-    def update(self, done: int, text_bytes: int, documents: int, tokens: int) -> None:
-        """``done`` input bytes in all, and what has come of them since this job began."""
-        self._done, self._text_bytes, self._documents, self._tokens = done, text_bytes, documents, tokens
+    def update(self, done: int, n_bytes: int, note: str = "") -> None:
+        """``done`` of the total are done, ``n_bytes`` were handled by this job; ``note`` is shown with the rate."""
+        self._done, self._bytes = done, n_bytes
+        note = f"{self.megabytes_per_s:.1f} MB/s{note and ' | '}{note}"
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, note=self._note())
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif time.monotonic() - self._shown > _LINE_EVERY_S:
             self._shown = time.monotonic()
-            print(f"{self._label} {100 * done / self._total:.0f}% | {self._note()} | ETA {self._eta()}", flush=True)
+            print(f"{self._label} {100 * done / self._total:.0f}% | {note} | ETA {self._eta()}", flush=True)
 
     @property
     def megabytes_per_s(self) -> float:
-        """Text tokenised a second by this job, in units of 10**6 bytes."""
-        return self._text_bytes / 1e6 / max(time.monotonic() - self._begun, 1e-9)
-
-    def _note(self) -> str:
-        return f"{self.megabytes_per_s:.1f} MB/s | {self._documents:,} documents | {self._tokens / 1e6:.1f} M tokens"
+        """Bytes handled a second by this job, in units of 10**6."""
+        return self._bytes / 1e6 / max(time.monotonic() - self._begun, 1e-9)
 
     def _eta(self) -> str:
         work = self._done - self._before

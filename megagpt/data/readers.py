@@ -1,6 +1,6 @@
 """From files to blocks: a megabyte or so of whole documents, as they stand in the file, ready to be sent to a worker.
 
-The cuts depend on the files alone, not on the machine, so a job that was interrupted goes on at the block it had reached.
+The cuts depend on the files alone, not on the machine, so an interrupted job goes on at the block it had reached.
 """
 
 import re
@@ -24,9 +24,9 @@ _LAST_RESORT = 8 * CHUNK  # bytes without a space between words after which a te
 class Block:
     """Documents to be tokenised together.
 
-    ``kind``: "jsonl" and "lines", bytes of whole lines; "paragraphs", bytes that end at a blank line; "files", a list of
-    whole files' bytes; "texts", a list of str (None for a row without text). A file too long for one block is cut into
-    blocks of its own: ``begins`` and ``ends`` say whether the document does so here.
+    ``kind``: "jsonl" and "lines", bytes of whole lines; "paragraphs", bytes that end at a blank line; "files", a list
+    of whole files' bytes; "texts", a list of str (None for a row without text). A file too long for one block is cut
+    into blocks of its own: ``begins`` and ``ends`` say whether the document does so here.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read: ``document`` of text files is "file", "paragraph" or "line"; ``column`` and ``quoting`` of tables."""
+    """How files are read: ``document`` of text files is "file", "paragraph" or "line"; the rest is for tables."""
 
     document: str = "file"
     column: str = "text"

@@ -39,10 +39,10 @@ class Source:
 
 
 def find(inputs: list[str], format: str, *, by_line: bool) -> list[Source]:
-    """The files that ``inputs`` (files, folders, patterns) name, each once, in the order of the inputs and then by name.
+    """The files that ``inputs`` (files, folders, patterns) name, each once, by input and then by name.
 
-    ``format`` is one of FORMATS' or "auto"; ``by_line`` says that each line of a text file is a document. Of a folder all
-    files with a known ending are taken, at any depth. Raises DataError for an input that names nothing.
+    ``format`` is one of FORMATS' or "auto"; ``by_line`` says that each line of a text file is a document. Of a folder
+    all files with a known ending are taken, at any depth. Raises DataError for an input that names nothing.
     """
     paths: dict[str, None] = {}
     for text in inputs:
@@ -144,7 +144,7 @@ def shard(sources: list[Source], i: int, n: int) -> list[Source]:
 
 
 def part_of(source: Source, begin: int, end: int) -> list[Source]:
-    """The lines of a splittable file that begin in bytes ``begin`` to ``end``, as a list of one; of none if there are none."""
+    """The lines of a splittable file that begin in bytes ``begin`` to ``end``: a list of one source, or of none."""
     if begin >= end:
         return []
     start, stop = _line_start(source, begin), _line_start(source, end)

@@ -16,8 +16,8 @@ _MAGIC = {b"\x1f\x8b": "gz", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 class Stream:
     """The decompressed bytes of ``path``. How it is compressed is seen from its first bytes, not from its name.
 
-    Of a plain file, ``start`` and ``stop`` choose a part. ``position`` is how many bytes of it have been consumed. Raises DataError for a file that cannot be read or whose
-    compressed data is damaged or ends too early.
+    Of a plain file, ``start`` and ``stop`` choose a part. ``position`` is how many bytes of it have been consumed.
+    Raises DataError for a file that cannot be read or whose compressed data is damaged or ends too early.
     """
 
     def __init__(self, path: str, start: int = 0, stop: int | None = None) -> None:
@@ -77,7 +77,8 @@ def _zstd(raw):
 class _Zstd:
     """Decompresses zstd frames and notices when the last one is cut off, which the library does not.
 
-    A small frame of known content is put behind the file: it comes out at the end if and only if all before it was whole.
+    A small frame of known content is put behind the file: it comes out at the end if and only if all before it was
+    whole.
     """
 
     _MARK = os.urandom(16)

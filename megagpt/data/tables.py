@@ -12,8 +12,8 @@ from megagpt.errors import DataError, nearest
 def delimited(source: Source, column: str, quoting: str) -> Iterator[tuple[str | None, int]]:
     """The texts of ``column`` of a CSV or TSV file, None where a row is too short, each with the bytes consumed so far.
 
-    ``column`` is a name in the header line, or a number from 1 on for a file without one. ``quoting``: "standard", "none",
-    or "auto" for standard in CSV and none in TSV, where quotes are ordinary characters. Raises DataError.
+    ``column`` is a name in the header line, or a number from 1 on for a file without one. ``quoting``: "standard",
+    "none", or "auto" for standard in CSV and none in TSV, where quotes are ordinary characters. Raises DataError.
     """
     quoted = source.format == "csv" if quoting == "auto" else quoting == "standard"
     csv.field_size_limit(MAX_LINE)
@@ -70,8 +70,8 @@ def _column(first_row: list[str], column: str, path: str) -> tuple[int, bool]:
 def _no_column(path: str, column: str, names: list[str]) -> DataError:
     shown = ", ".join(name[:40] for name in names[:12])
     return DataError(
-        f"{path} has no column {column[:40]!r}{nearest(column, names)}; its columns are {shown}: choose one with --column, "
-        "by its number where there is no header line"
+        f"{path} has no column {column[:40]!r}{nearest(column, names)}; its columns are {shown}: choose one with "
+        "--column, by its number where there is no header line"
     )
 
 

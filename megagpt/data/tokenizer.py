@@ -22,8 +22,8 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<
 class Tokenizer:
     """Text to ids and back. ``json`` is the content of the tokenizer.json that defines it completely.
 
-    ``sha256`` names it; ``vocab_size`` is the largest id plus one; ``eot_id`` the id that ends a document, or None where the
-    vocabulary has no end-of-text token (GPT-1's has none).
+    ``sha256`` names it; ``vocab_size`` is the largest id plus one; ``eot_id`` the id that ends a document, or None
+    where the vocabulary has no end-of-text token (GPT-1's has none).
     """
 
     def __init__(self, content: bytes, source: str) -> None:
@@ -71,8 +71,8 @@ def load(spec: str) -> Tokenizer:
     """The tokenizer that ``spec`` names. Raises DataError.
 
     A tokenizer.json; a folder with vocabulary files (encoder_bpe_40000.json and vocab_40000.bpe, encoder.json and
-    vocab.bpe, vocab.json and merges.txt, or tokenizer.json); or ``gpt1`` or ``gpt2``, which are looked for in the folders
-    ``vocab/<name>`` here and ``$MEGAGPT_VOCAB/<name>``. ``train:N`` is served by ``megagpt.data.bpe``.
+    vocab.bpe, vocab.json and merges.txt, or tokenizer.json); or ``gpt1`` or ``gpt2``, which are looked for in the
+    folders ``vocab/<name>`` here and ``$MEGAGPT_VOCAB/<name>``. ``train:N`` is served by ``megagpt.data.bpe``.
     """
     path = Path(spec)
     if spec in NAMES and not path.exists():

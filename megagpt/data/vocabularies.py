@@ -1,8 +1,9 @@
 """Published vocabulary files as a ``tokenizer.json``: GPT-1's, GPT-2's, and any vocab.json with merges.txt.
 
-GPT-1 cut text into words with spaCy's English rules before its byte pairs; the pattern here follows those rules as far as
-a regular expression can: contractions apart from their word ("don't" is "do" and "n't"), common abbreviations, initials and
-numbers whole, runs of dots and hyphens whole, other punctuation one by one, a line end as a token of its own.
+GPT-1 cut text into words with spaCy's English rules before its byte pairs; the pattern here follows those rules as
+far as a regular expression can: contractions apart from their word ("don't" is "do" and "n't"), common abbreviations,
+initials and numbers whole, runs of dots and hyphens whole, other punctuation one by one, a line end as a token of its
+own.
 """
 
 import json
@@ -47,8 +48,8 @@ def find_vocabulary(name: str) -> Path:
             return folder
     files = " and ".join(_PAIRS[NAMES.index(name)])
     raise DataError(
-        f"tokenizer {name!r}: its vocabulary is not in {' or '.join(map(str, folders))}; put {files} (or its tokenizer.json) "
-        "there, or give the folder that has them as --tokenizer FOLDER"
+        f"tokenizer {name!r}: its vocabulary is not in {' or '.join(map(str, folders))}; put {files} (or its "
+        "tokenizer.json) there, or give the folder that has them as --tokenizer FOLDER"
     )
 
 

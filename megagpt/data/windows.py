@@ -46,9 +46,9 @@ class _InChunks:
 class Windows:
     """Samples of ``seq_len`` + 1 tokens, the inputs and the targets of ``seq_len`` predictions.
 
-    ``random``: from a uniformly random start. ``epoch``: the corpus cut into windows that overlap by the one token that is
-    a target in one and an input in the next; every window once an epoch, in a new order each epoch.
-    Raises DataError for a corpus shorter than one sample.
+    ``random``: from a uniformly random start. ``epoch``: the corpus cut into windows that overlap by the one token
+    that is a target in one and an input in the next; every window once an epoch, in a new order each epoch. Raises
+    DataError for a corpus shorter than one sample.
     """
 
     def __init__(self, dataset: IndexedDataset, seq_len: int, *, sampler: str = "random", seed: int = 0) -> None:
@@ -99,9 +99,10 @@ class BlendRow(NamedTuple):
 class Blend:
     """Samples from several corpora in proportion to their weights, each corpus read in its own windows' order.
 
-    Of the first n samples corpus s gets n * weight_s, to within about two samples at every multiple of 1,024 and with no table of
-    choices: positions are permuted within blocks of 1,024, then a chain of decisions "corpus 1 or a later one", "corpus 2
-    or a later one", ... each spreads its share evenly. ``sources`` is [(weight > 0, Windows)], all of one seq_len.
+    Of the first n samples corpus s gets n * weight_s, to within about two samples at every multiple of 1,024 and with
+    no table of choices: positions are permuted within blocks of 1,024, then a chain of decisions "corpus 1 or a later
+    one", "corpus 2 or a later one", ... each spreads its share evenly. ``sources`` is [(weight > 0, Windows)], all of
+    one seq_len.
     """
 
     _BLOCK = 1024

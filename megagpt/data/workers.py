@@ -1,7 +1,7 @@
 """Work for several processes, results in the order of the tasks, and a bounded number of both in memory.
 
-Processes are spawned, never forked: a tokenizer's threads do not survive a fork. Each talks over a pipe of its own, so it
-ends when this process does, however that ends.
+Processes are spawned, never forked: a tokenizer's threads do not survive a fork. Each talks over a pipe of its own,
+so it ends when this process does, however that ends.
 """
 
 import multiprocessing
@@ -28,8 +28,8 @@ def available_cores() -> int:
 class Workers:
     """``n`` processes that each make a function with ``make(argument)`` and apply it to tasks.
 
-    With ``n`` = 0 the work is done in this process. To be used in a ``with`` statement. What a process raises is raised by
-    ``map``; a process that is killed is a MegaGPTError.
+    With ``n`` = 0 the work is done in this process. To be used in a ``with`` statement. What a process raises is
+    raised by ``map``; a process that is killed is a MegaGPTError.
     """
 
     def __init__(self, n: int, make: Callable, argument) -> None:

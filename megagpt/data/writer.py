@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.indexed import DTYPES, HEADER, MAGIC, dtype_for
+from megagpt.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, dtype_for
 from megagpt.data.info import CorpusInfo
+from megagpt.data.progress import Progress
 from megagpt.data.storage import storage_errors, sync, sync_folder, write_atomically
 from megagpt.version import __version__
 
@@ -99,6 +100,23 @@ class CorpusWriter:
         self.state.open_length += open_length
         self.state.counts.add(counts)
 
+    def copy(self, dataset: IndexedDataset, progress: Progress) -> None:
+        """Add all documents of another corpus, which has a sidecar, and tell ``progress`` how many tokens are done."""
+        before = self.state.counts.n_tokens
+        for at in range(0, dataset.n_tokens, _CHUNK):
+            data = np.ascontiguousarray(dataset.tokens[at : at + _CHUNK], self.dtype).data.cast("B")
+            with storage_errors(self._bin_path):
+                self._bin.write(data)
+            self._hash.update(data)
+            done = before + min(at + _CHUNK, dataset.n_tokens)
+            progress.update(done, done * self.dtype.itemsize)
+        for first in range(0, dataset.n_documents, _CHUNK):
+            lengths = dataset.document_lengths(first, min(first + _CHUNK, dataset.n_documents))
+            with storage_errors(self._lengths_path):
+                self._lengths.write(lengths.astype(np.int32).tobytes())
+        names = [each.name for each in fields(Counts)]
+        self.state.counts.add(Counts(**{name: getattr(dataset.info, name) for name in names}))
+
     def sync(self) -> None:
         """Put everything appended so far on the disk, so that ``state`` may be recorded."""
         with storage_errors(self._bin_path):
@@ -168,8 +186,8 @@ def _chunks(path: Path) -> Iterator[np.ndarray]:
 def publish(folder: Path, name: str, prefix: str, tokenizer_json: bytes, info: CorpusInfo) -> None:
     """Give the sealed corpus ``name`` in ``folder`` its final names, in the place of any corpus there.
 
-    The sidecar goes first and comes last, so at no moment does one stand beside tokens of another corpus. Safe to repeat
-    after an interruption.
+    The sidecar goes first and comes last, so at no moment does one stand beside tokens of another corpus. Safe to
+    repeat after an interruption.
     """
     with storage_errors(prefix):
         Path(prefix + ".json").unlink(missing_ok=True)
