@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "megagpt.train.main"])
+_context.set_forkserver_preload(["torch", "deepspeed", "megagpt.train.run"])
 
 
 def free_port() -> int:

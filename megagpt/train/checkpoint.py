@@ -7,8 +7,10 @@ killed anywhere in between leaves the older checkpoints as they were.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +25,6 @@ from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.train import manifest
 
-FOLDER = "checkpoints"  # inside the run folder
-STATE = "megagpt_state.json"
 _HASH_APART = 1 << 20  # bytes from which hashing in a second thread beside the write pays
 
 
@@ -216,8 +216,8 @@ def _finish_rank(writer: Writer, tmp: Path, rank: int, state: TrainState) -> Non
     try:
         writer.add_existing(f"offloaded_tensors/rank{rank:02d}/**/*")
         if rank == 0:
-            manifest.write_atomically(tmp / STATE, json.dumps(asdict(state), indent=1))
-            writer.entries.append(manifest.hash_file(tmp, STATE))
+            manifest.write_atomically(tmp / manifest.STATE, json.dumps(asdict(state), indent=1))
+            writer.entries.append(manifest.hash_file(tmp, manifest.STATE))
     except OSError as error:
         writer.error = writer.error or error
     try:
@@ -295,16 +295,26 @@ def load(engine, folder: Path, config: ResolvedConfig) -> TrainState:
         )
     state = read_state(folder)
     allow_checkpoint_classes()
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except pickle.UnpicklingError as error:
+        raise _foreign(folder, error) from None
     if loaded is None:
         raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
     set_rng_state(torch.load(folder / _rng_name(rank), weights_only=True))
     return state
 
 
+def _foreign(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds something other than tensors and plain values and was refused, for loading it could run code "
+        f"({str(error).splitlines()[0][:200]}); use a checkpoint that MegaGPT wrote"
+    )
+
+
 def read_state(folder: Path) -> TrainState:
     """The part of a checkpoint that is no tensor."""
-    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    return TrainState(**json.loads((folder / manifest.STATE).read_text(encoding="utf-8")))
 
 
 def allow_checkpoint_classes() -> None:
@@ -326,20 +336,10 @@ def locate(path: Path) -> Path:
         if reason:
             raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
         return path
-    folder, _ = newest_intact(_root(path))
+    folder, _ = newest_intact(manifest.root_of(path))
     if folder is None:
-        raise _nothing_there(path)
+        raise manifest.nothing_there(path)
     return folder
-
-
-def _root(path: Path) -> Path:
-    return path / FOLDER if (path / FOLDER).is_dir() else path
-
-
-def _nothing_there(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} holds no checkpoint; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
-    )
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -357,44 +357,25 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
     import_deepspeed()
     allow_checkpoint_classes()
-    if header["zero_stage"] == 0:
-        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu", mmap=True)
-        weights = saved["module"]
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    try:
+        weights = _whole_weights(folder, header["zero_stage"])
+    except pickle.UnpicklingError as error:
+        raise _foreign(folder, error) from None
     return {name: tensor.float() for name, tensor in weights.items()}, state.model
 
 
-def read_model_settings(path: Path) -> dict:
-    """The settings of the model whose weights :func:`read_weights` would give; only small files are read."""
-    if path.suffix == ".safetensors":
-        return _safetensors_settings(path)
-    found = [path] if manifest.step_of(path) is not None else manifest.folders(_root(path))
-    for folder in found:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return read_state(folder).model
-    raise _nothing_there(path)
+def _whole_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    if zero_stage == 0:
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu", mmap=True)
+        return saved["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # It reports its progress with print and tqdm.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    with _safetensors(path) as file:
+    with manifest.open_safetensors(path, framework="pt") as file:
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
-    return weights, _safetensors_settings(path)
-
-
-def _safetensors_settings(path: Path) -> dict:
-    with _safetensors(path) as file:
-        return json.loads((file.metadata() or {}).get("config", "{}"))
-
-
-@contextlib.contextmanager
-def _safetensors(path: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read weights from {path}: {error}") from None
+    return weights, manifest.read_model_settings(path)

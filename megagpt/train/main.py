@@ -1,6 +1,7 @@
 """Pre-training from the command line.
 
-Flags and the DeepSpeed file are checked before torch is imported, so that a slip of the keyboard costs no seconds.
+Flags, the DeepSpeed file, corpora and model are checked before torch is imported: a slip of the keyboard costs no
+seconds.
 """
 
 import os
@@ -16,11 +17,12 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> None:
     from megagpt.config import deepspeed
     from megagpt.config.fields import parse
+    from megagpt.train.plan import make_plan
 
     settings = parse(argv)
     world = dist.resolve_world(os.environ)
-    raw = deepspeed.load(settings.ds_config)
+    plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
 
     from megagpt.train.run import train
 
-    train(settings, raw, world)
+    train(plan, world)

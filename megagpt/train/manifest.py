@@ -15,7 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagpt.errors import CheckpointError
+
+FOLDER = "checkpoints"  # inside the run folder
 MANIFEST = "manifest.json"
+STATE = "megagpt_state.json"  # step, samples, model, data: what a checkpoint holds beside tensors
 FORMAT = 1
 _TAG = re.compile(r"^global_step([0-9]{1,18})$")
 _TMP = re.compile(r"^\.tmp-global_step[0-9]+$")
@@ -41,6 +45,44 @@ def folders(root: Path) -> list[Path]:
         return []
     found = [p for p in root.iterdir() if step_of(p) is not None and p.is_dir() and not p.is_symlink()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def root_of(path: Path) -> Path:
+    """Where the checkpoints of ``path`` are, a run folder or already the folder of its checkpoints."""
+    return path / FOLDER if (path / FOLDER).is_dir() else path
+
+
+def nothing_there(path: Path) -> CheckpointError:
+    """The error of a path in which a checkpoint was looked for in vain."""
+    return CheckpointError(
+        f"{path} holds no checkpoint; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
+    )
+
+
+def read_model_settings(path: Path) -> dict:
+    """The settings of the model whose weights ``path`` holds: a run folder, a checkpoint or a .safetensors file.
+
+    Only small files are read. Raises CheckpointError when there are none.
+    """
+    if path.suffix == ".safetensors":
+        with open_safetensors(path, framework="np") as file:
+            return json.loads((file.metadata() or {}).get("config", "{}"))
+    for folder in [path] if step_of(path) is not None else folders(root_of(path)):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((folder / STATE).read_text(encoding="utf-8"))["model"]
+    raise nothing_there(path)
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, *, framework: str):
+    """The open file. Raises CheckpointError for one that is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from None
 
 
 @dataclass(frozen=True)

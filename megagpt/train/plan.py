@@ -1,4 +1,4 @@
-"""What a run will do, settled and checked before a device is touched or a file written."""
+"""What a run will do, settled and checked before torch is imported, a device touched or a file written."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megagpt.config.fields import TrainSettings
 from megagpt.config.presets import model_preset, training_preset
 from megagpt.errors import ConfigError
 from megagpt.model.config import GPTConfig
-from megagpt.train import checkpoint
+from megagpt.train import manifest
 from megagpt.train.corpus import Corpora, open_corpora
 from megagpt.train.schedule import Schedule
 
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def root(self) -> Path:
-        return self.run_dir / checkpoint.FOLDER
+        return self.run_dir / manifest.FOLDER
 
     def describe(self) -> dict:
         """The plan as plain data, for run.json."""
@@ -108,17 +108,17 @@ def _source_model(settings: TrainSettings) -> dict | None:
     """The shape of the model that --init_from names."""
     if settings.init_from is None:
         return None
-    return checkpoint.read_model_settings(Path(settings.init_from))
+    return manifest.read_model_settings(Path(settings.init_from))
 
 
 def _shape(settings: TrainSettings, source: dict | None) -> dict:
     """The fields of GPTConfig: the preset's or the source's, changed by flags."""
     shape = dict(source) if source is not None else model_preset(settings.model or _DEFAULT_MODEL)
     given = {name: getattr(settings, name) for name in _SHAPE if getattr(settings, name) is not None}
+    if "d_model" in given:
+        given.setdefault("d_ff", 4 * given["d_model"])
     if source is not None:
         _check_against_source(settings, source, given)
-    if "d_model" in given and "d_ff" not in given:
-        shape["d_ff"] = None  # four times the new width
     shape.update(given)
     if settings.dropout is not None:
         shape.update(dict.fromkeys(_DROPOUT, settings.dropout))

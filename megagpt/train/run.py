@@ -12,7 +12,6 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
-from megagpt.config.fields import TrainSettings
 from megagpt.data.windows import EvalWindows
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.evaluate import perplexity
@@ -24,23 +23,21 @@ from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import blend_lines
 from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
-from megagpt.train.plan import Plan, make_plan
+from megagpt.train.plan import Plan
 
 
-def train(settings: TrainSettings, raw: dict, world: dist.World) -> None:
-    """Run from the settings to the end; raises a MegaGPTError for whatever the user can mend."""
+def train(plan: Plan, world: dist.World) -> None:
+    """Run to the end; raises a MegaGPTError for whatever the user can mend."""
     begun = time.time()
-    plan = make_plan(settings, raw, world)
     device = deepspeed_engine.device_of(world)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     ds.check_hardware(plan.config, device.type, capability)
     dist.export(world)
-    deepspeed_engine.start_distributed(world, settings.distributed_timeout_minutes)
-    try:
-        with _lock(plan.run_dir):
-            _train(plan, world, device, begun)
-    finally:
-        deepspeed_engine.stop_distributed()
+    deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
+    with _lock(plan.run_dir):
+        _train(plan, world, device, begun)
+    # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
+    deepspeed_engine.stop_distributed()
 
 
 def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
@@ -161,7 +158,7 @@ def _build_optimizer(model, plan: Plan, device: torch.device):
     groups = optim.parameter_groups(
         model.named_parameters(), decays, lr=settings["lr"], weight_decay=settings["weight_decay"]
     )
-    offloaded = config.offload_optimizer != "none"
+    offloaded = config.offload_optimizer is not None
     return optim.build_optimizer(
         settings["optimizer"],
         groups,
@@ -259,5 +256,5 @@ def _take_lock(run_dir: Path):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
-    manifest.remove_leftovers(run_dir / checkpoint.FOLDER)
+    manifest.remove_leftovers(run_dir / manifest.FOLDER)
     return file

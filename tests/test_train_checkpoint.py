@@ -1,0 +1,292 @@
+"""What a checkpoint survives, what is refused, and what is kept: one small run, then everything done to its folder."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import tiny_corpus, write_bytes_corpus
+from distributed import free_port, rank_env, train
+
+from megagpt.errors import CheckpointError
+from megagpt.train import checkpoint, manifest
+
+REPO = Path(__file__).parent.parent
+
+
+def arguments(run_dir, *more, stage=1, **changes) -> list:
+    """Flags of a run of 4 steps that saves at each; ``changes`` replace flags by name."""
+    config = Path(tempfile.gettempdir(), f"megagpt-test-zero{stage}-{os.getpid()}.json")
+    config.write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "tensorboard": {}})
+    )
+    flags = {
+        "ds_config": config,
+        "model": "tiny",
+        "n_layer": 1,
+        "d_model": 32,
+        "n_head": 2,
+        "seq_len": 16,
+        "data": tiny_corpus(),
+        "run_dir": run_dir,
+        "max_steps": 4,
+        "save_interval": 1,
+        "keep_last": 9,
+        "lr": 1e-3,
+        "warmup_steps": 1,
+        "log_interval": 1,
+        **changes,
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", value)] + list(more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run of two ranks."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    codes, output = train(arguments(run_dir), 2)
+    assert codes == [0, 0], output
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path) -> Path:
+    """A copy of the finished run to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"global_step{step}"
+
+
+def shard(run_dir: Path, step: int, rank: int = 1) -> Path:
+    return folder(run_dir, step) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def resume(run_dir: Path, *more, ranks=2, **changes) -> tuple[int, str]:
+    codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks)
+    assert len(set(codes)) == 1, output
+    return codes[0], output
+
+
+def start_ranks(command: list, folder: Path, **pipes) -> list[subprocess.Popen]:
+    """Two ranks as processes of their own, as a launcher starts them."""
+    port = free_port()
+    environments = [{**os.environ, **rank_env(rank, 2, port, str(folder))} for rank in range(2)]
+    return [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, **pipes) for env in environments]
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_lists_every_file_and_says_what_it_is_of(finished):
+    header = manifest.read(folder(finished, 4))
+    on_disk = {str(p.relative_to(folder(finished, 4))) for p in folder(finished, 4).rglob("*") if p.is_file()}
+    assert set(header["files"]) | {manifest.MANIFEST} == on_disk
+    assert (header["step"], header["world_size"], header["zero_stage"], header["precision"]) == (4, 2, 1, "fp32")
+    assert header["data"]["train"][0]["n_tokens"] > 1000
+    assert (finished / "checkpoints" / "latest").read_text() == "global_step4"
+    assert not list((finished / "checkpoints").glob(".tmp*"))
+
+
+def test_damaged_checkpoints_are_passed_over_by_name_and_the_next_older_one_is_taken(run_dir):
+    flip_a_bit(shard(run_dir, 4))
+    shutil.copy(shard(run_dir, 3, rank=0), shard(run_dir, 3, rank=1))
+    code, output = resume(run_dir)
+    assert code == 0, output
+    assert "skipped checkpoint global_step4: zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged" in output
+    assert "skipped checkpoint global_step3: zero_pp_rank_1" in output
+    assert "step 2 of 6" in output
+    assert manifest.problem(folder(run_dir, 4)) is None, "the resumed run has written step 4 anew"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_from_nothing(run_dir):
+    for step in range(1, 5):
+        (folder(run_dir, step) / manifest.MANIFEST).unlink()
+    code, output = resume(run_dir)
+    assert code == 3
+    assert output.count("error: no checkpoint under") == 1
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("hint", ["", "global_step99", "../../outside", None], ids=str)
+def test_latest_is_only_a_hint(run_dir, hint):
+    latest = run_dir / "checkpoints" / "latest"
+    latest.unlink() if hint is None else latest.write_text(hint)
+    code, output = resume(run_dir)
+    assert code == 0
+    assert "step 4 of 6" in output
+
+
+def test_a_pickle_that_would_run_code_is_refused(run_dir, tmp_path):
+    """A checkpoint from someone else with a correct manifest: the hash is no protection, the loader has to be."""
+    marker = tmp_path / "code_ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+
+    path = shard(run_dir, 4)
+    torch.save({"optimizer_state_dict": Evil()}, path)
+    content = json.loads((folder(run_dir, 4) / manifest.MANIFEST).read_text())
+    entry = manifest.hash_file(folder(run_dir, 4), path.name)
+    content["files"][path.name] = {"size": entry.size, "sha256": entry.sha256}
+    (folder(run_dir, 4) / manifest.MANIFEST).write_text(json.dumps(content))
+    command = [sys.executable, REPO / "train.py", *map(str, arguments(run_dir, max_steps=6))]
+    processes = start_ranks(command, tmp_path, stderr=subprocess.PIPE)
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    assert processes[1].returncode == 3, errors[1]
+    assert "holds something other than tensors and plain values and was refused" in errors[1]
+    assert processes[0].returncode != 0, "its peer ends with it"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "words"),
+    [
+        ({"d_model": 64}, 2, "is of another model: d_ff 128 there and 256 now, d_model 32 there and 64 now"),
+        ({"seed": 5}, 2, "is of another data: seed 1234 there and 5 now"),
+        ({}, 1, "number of ranks 2 in the checkpoint and 1 now"),
+        ({"stage": 2}, 2, "ZeRO stage 1 in the checkpoint and 2 now"),
+        ({"precision": "bf16"}, 2, "precision fp32 in the checkpoint and bf16 now"),
+        ({"resume": "never"}, 2, "already holds checkpoints (newest global_step4) and --resume is never"),
+        ({"resume": "nowhere"}, 2, "nowhere holds no checkpoint"),
+        ({"max_steps": 3}, 2, "is at step 4 and the run ends at 3"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_run_folder_of_something_else_is_refused_in_one_sentence(run_dir, changes, ranks, words):
+    before = sorted(p.name for p in run_dir.rglob("*"))
+    code, output = resume(run_dir, ranks=ranks, **changes)
+    assert code in (2, 3)
+    assert words in output
+    assert output.count("error:") == 1, output
+    assert "Traceback" not in output
+    assert sorted(p.name for p in run_dir.rglob("*")) == before, "nothing was written"
+
+
+def test_other_data_under_the_same_name_is_refused(run_dir, tmp_path):
+    write_bytes_corpus(tmp_path / "other", [b"another text altogether " * 100])
+    code, output = resume(run_dir, data=tmp_path / "other")
+    assert code == 2
+    assert "is of another data" in output
+
+
+def test_the_best_checkpoint_survives_and_the_oldest_go(tmp_path):
+    run = tmp_path / "run"
+    flags = {"keep_last": 2, "max_steps": 6, "eval_interval": 1, "lr": 5.0, "eval_steps": 2}
+    code, output = resume(run, ranks=1, **flags, valid_data=f"v={tiny_corpus()}-valid")
+    assert code == 0, output
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    by_step = {r["step"]: r["valid/v/loss"] for r in losses if "valid/v/loss" in r and r["step"] > 0}
+    best = min(by_step, key=by_step.get)
+    assert best < 5, "a rate of 5 has to ruin the model for this test to show anything"
+    assert [manifest.step_of(f) for f in manifest.folders(run / "checkpoints")] == [6, 5, best]
+    assert checkpoint.read_state(folder(run, 6)).best_step == best
+
+
+def test_a_second_job_on_the_same_folder_is_refused(run_dir):
+    from megagpt.train.run import _take_lock
+
+    with _take_lock(run_dir):
+        code, output = resume(run_dir)
+    assert code == 2
+    assert f"{run_dir} is in use by process {os.getpid()}" in output
+
+
+def test_an_unwritable_run_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, output = resume(tmp_path / "file" / "run", ranks=1)
+    assert code == 7
+    assert "cannot write to --run_dir" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_is_named_and_the_older_checkpoints_stay(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        code, output = resume(small / "run", ranks=1, max_steps=9)
+        assert code == 7, output
+        assert "GB free and a checkpoint takes about" in output or "No space left on device" in output
+        intact = [f for f in manifest.folders(small / "run" / "checkpoints") if manifest.problem(f) is None]
+        assert intact, "the checkpoints written before the disk was full are whole"
+        assert not list((small / "run" / "checkpoints").glob(".tmp*")), "and what was half-written is gone"
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_reported_as_such(tmp_path):
+    writer = checkpoint.Writer(tmp_path)
+    writer.save({"w": torch.zeros(1000)}, tmp_path / "missing_folder" / "a.pt")
+    with pytest.raises(checkpoint.StorageError, match="No such file or directory"):
+        writer.raise_error()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, stage):
+    run = tmp_path / "run"
+    assert resume(run, ranks=2, stage=stage, max_steps=2)[0] == 0
+    weights, settings = checkpoint.read_weights(run)
+    assert settings["d_model"] == 32
+    assert weights["wte.weight"].shape == (256, 32)
+    new = tmp_path / "new"
+    code, output = resume(new, "--init_from", run, ranks=2, stage=3 - stage, max_steps=1, lr=1e-30, weight_decay=0)
+    assert code == 0, output
+    copied, _ = checkpoint.read_weights(new)
+    assert copied.keys() == weights.keys()
+    for name in weights:
+        torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
+
+
+def test_init_from_refuses_another_shape_and_an_empty_folder(run_dir, tmp_path):
+    code, output = resume(tmp_path / "new", "--init_from", run_dir, ranks=1, n_layer=2)
+    assert code == 2
+    assert "n_layer 2 (the weights have 1)" in output
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.read_weights(tmp_path)
+
+
+def test_runs_killed_at_any_moment_resume_to_the_same_end(finished, tmp_path):
+    """SIGKILL to every rank at random times, saves included: in the end the curve is the undisturbed run's."""
+    run = tmp_path / "run"
+    random.seed(1)
+    kills = 0
+    command = [sys.executable, REPO / "train.py", *map(str, arguments(run, max_steps=4))]
+    while kills < 3:
+        ranks = start_ranks(command, tmp_path)
+        steps = run / "metrics.jsonl"
+        before = steps.stat().st_size if steps.exists() else 0
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and all(p.poll() is None for p in ranks):
+            if steps.exists() and steps.stat().st_size != before:
+                break  # it is past its start: from here on any moment is as good as another
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.05)
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
+    code, output = resume(run, max_steps=4)
+    assert code == 0, output
+    keep = ("step", "loss", "grad_norm", "lr", "samples")
+
+    def curve(path):
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: r[k] for k in keep} for r in records if "loss" in r]
+
+    assert curve(run) == curve(finished)
