@@ -246,29 +246,8 @@ def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, worl
         raise StorageError(f"cannot commit the checkpoint {final}: {error.strerror}") from None
 
 
-def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under ``root`` that verifies, and one line for each newer one that does not.
-
-    Every rank calls it; each hashes its share of the files. Raises CheckpointError when there are checkpoints and
-    none is intact: starting again from step 0 would throw the run away.
-    """
-    skipped = []
-    for folder in manifest.folders(root):
-        reason = _problem_everywhere(folder)
-        if reason is None:
-            return folder, skipped
-        skipped.append(f"skipped checkpoint {folder.name}: {reason}")
-    if skipped:
-        raise CheckpointError(
-            f"no checkpoint under {root} is intact ({'; '.join(skipped)}); restore one from a copy, "
-            "or start again with --resume never in another --run_dir"
-        )
-    return None, skipped
-
-
-def _problem_everywhere(folder: Path) -> str | None:
-    if not torch.distributed.is_initialized():
-        return manifest.problem(folder)
+def problem(folder: Path) -> str | None:
+    """Like :func:`manifest.problem`, with the reading shared out: every rank calls it and gets the same answer."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list = [None] * world_size
     torch.distributed.all_gather_object(found, manifest.problem(folder, part=rank, parts=world_size))
@@ -326,22 +305,6 @@ def allow_checkpoint_classes() -> None:
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
-def locate(path: Path) -> Path:
-    """The checkpoint folder meant by ``path``: itself, or the newest intact one of a run folder.
-
-    Raises CheckpointError when there is none.
-    """
-    if manifest.step_of(path) is not None and path.is_dir():
-        reason = _problem_everywhere(path)
-        if reason:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
-        return path
-    folder, _ = newest_intact(manifest.root_of(path))
-    if folder is None:
-        raise manifest.nothing_there(path)
-    return folder
-
-
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Full weights in fp32, whatever ZeRO stage they were saved under, and the model's settings.
 
@@ -351,7 +314,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    folder = locate(path)
+    folder = manifest.locate(path)
     state, header = read_state(folder), manifest.read(folder)
     from megagpt.train.engine import import_deepspeed
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +192,42 @@ def problem(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
         if found:
             return found
     return None
+
+
+def newest_intact(root: Path, problem: Callable[[Path], str | None] = problem) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under ``root`` that verifies, and one line for each newer one that does not.
+
+    ``problem`` is how one is verified. Raises CheckpointError when there are checkpoints and none is intact: starting
+    again from step 0 would throw the run away.
+    """
+    skipped = []
+    for folder in folders(root):
+        reason = problem(folder)
+        if reason is None:
+            return folder, skipped
+        skipped.append(f"skipped checkpoint {folder.name}: {reason}")
+    if skipped:
+        raise CheckpointError(
+            f"no checkpoint under {root} is intact ({'; '.join(skipped)}); restore one from a copy, "
+            "or start again with --resume never in another --run_dir"
+        )
+    return None, skipped
+
+
+def locate(path: Path, problem: Callable[[Path], str | None] = problem) -> Path:
+    """The checkpoint folder meant by ``path``: itself, or the newest intact one of a run folder.
+
+    Raises CheckpointError when there is none.
+    """
+    if step_of(path) is not None and path.is_dir():
+        reason = problem(path)
+        if reason:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
+        return path
+    folder, _ = newest_intact(root_of(path), problem)
+    if folder is None:
+        raise nothing_there(path)
+    return folder
 
 
 def write_latest(root: Path, step: int) -> None:

@@ -185,8 +185,8 @@ def _checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
             )
         return None, []
     if wanted == "auto":
-        return checkpoint.newest_intact(plan.root)
-    return checkpoint.locate(Path(wanted)), []
+        return manifest.newest_intact(plan.root, checkpoint.problem)
+    return manifest.locate(Path(wanted), checkpoint.problem), []
 
 
 def _resume(engine, source: Path, plan: Plan, fresh: checkpoint.TrainState) -> checkpoint.TrainState:
