@@ -4,7 +4,6 @@ Parameters are used only inside the forward of the module that owns them, where 
 exception is the token embedding, which is also the output projection.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.model import init
@@ -15,24 +14,24 @@ from megagpt.ops import Ops
 class Linear(nn.Linear):
     """A projection with bias whose weights start with the spread ``std``."""
 
-    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+    def __init__(self, n_in: int, n_out: int, std: float, ops: Ops) -> None:
         self.std = std
         super().__init__(n_in, n_out)
+        self.ops = ops
 
     def reset_parameters(self) -> None:
         init.normal_(self.weight, self.std)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
 
 class LinearGelu(Linear):
     """A projection and GELU of it; the bias is added together with the GELU."""
 
-    def __init__(self, n_in: int, n_out: int, std: float, ops: Ops) -> None:
-        super().__init__(n_in, n_out, std)
-        self.bias_gelu = ops.bias_gelu
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.bias_gelu(F.linear(x, self.weight), self.bias)
+        return self.ops.bias_gelu(self.ops.linear(x, self.weight), self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -66,8 +65,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout_p = config.attn_dropout
-        self.qkv = Linear(config.d_model, 3 * config.d_model, init.STD)
-        self.proj = Linear(config.d_model, config.d_model, init.residual_std(config))
+        self.qkv = Linear(config.d_model, 3 * config.d_model, init.STD, ops)
+        self.proj = Linear(config.d_model, config.d_model, init.residual_std(config), ops)
         self.attention = ops.attention
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
@@ -84,7 +83,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.fc = LinearGelu(config.d_model, config.d_ff, init.STD, ops)
-        self.proj = Linear(config.d_ff, config.d_model, init.residual_std(config))
+        self.proj = Linear(config.d_ff, config.d_model, init.residual_std(config), ops)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.fc(x))

@@ -12,7 +12,7 @@ import torch
 from megagpt.errors import ConfigError, nearest
 
 # Fastest first: "auto" takes the first that can serve the model.
-_BACKENDS = {"triton": "megagpt.ops.triton_ops", "torch": "megagpt.ops.torch_ops"}
+_BACKENDS = {"triton": "megagpt.ops.triton_ops", "cpu": "megagpt.ops.cpu_ops", "torch": "megagpt.ops.torch_ops"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Ops:
     add_layer_norm: Callable
     layer_norm: Callable
     dropout: Callable
+    linear: Callable
     linear_cross_entropy: Callable
     name: str = "torch"
     reason: str = ""  # why this backend was taken
@@ -33,7 +34,7 @@ _OPERATIONS = [field.name for field in fields(Ops) if field.name not in ("name",
 
 
 def load_ops(name: str, *, head_width: int, dtype: torch.dtype, device: torch.device | str) -> Ops:
-    """The backend ``name`` ("torch", "triton"), or with "auto" the fastest that serves this model, with the reason.
+    """The backend ``name`` ("triton", "cpu", "torch"), or with "auto" the fastest that serves this model and why.
 
     Raises ConfigError when the backend is unknown or cannot serve the head width, dtype or device.
     """
