@@ -8,7 +8,7 @@ _REPLACED = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´
 _RUN = re.compile(r"""(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|\}+|\{+|\|+|_+)""")
 _LINE_END = re.compile(r"\s*\n\s*")
 _SPACES = re.compile(r"[^\S\n]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 
 def clean_gpt1(text: str) -> str:
@@ -33,11 +33,13 @@ def _repaired(text: str) -> str:
 
 
 def shuffle_sentences(text: str) -> str:
-    """``text`` with its sentences in another order, always the same one.
+    """``text`` with its sentences in another order, always the same one, and the white space where it was.
 
     The GPT-1 paper holds that shuffled sentences destroy the long-range structure that a model learns from; this makes
     the claim testable.
     """
-    sentences = _SENTENCE_END.split(text)
+    parts = _SENTENCE_END.split(text)
+    sentences = parts[::2]
     Random(len(text)).shuffle(sentences)
-    return "".join(sentences)
+    parts[::2] = sentences
+    return "".join(parts)

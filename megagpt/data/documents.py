@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from megagpt.data.readers import Block
 from megagpt.data.streams import MAX_LINE
 
-_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 _SHOWN = 3  # examples kept of each block
 
 NO_KEY, EMPTY, REPLACED = "key not found", "empty", "not UTF-8, damaged characters replaced"

@@ -40,6 +40,7 @@ class Job:
 
     def __init__(self, settings: PrepareSettings, suffix: str, sources: list[Source], everything: list[Source]) -> None:
         self._settings, self._sources, self._everything = settings, sources, everything
+        self._is_whole = not suffix
         self._training = parse_training(settings.tokenizer)
         self._tokenizer = None if self._training else load(settings.tokenizer)
         self._reading = Reading(settings.document, settings.column, settings.quoting)
@@ -231,7 +232,7 @@ class Job:
         found = [writer.state.counts.n_documents for writer in writers]
         if not any(found):
             raise self._no_documents()
-        if not all(found):
+        if not all(found) and self._is_whole:  # of a shard, either side may be empty
             empty = "for validation" if found[0] else "for training"
             raise DataError(
                 f"of {sum(found):,} documents none is {empty} with --valid_fraction "

@@ -114,6 +114,8 @@ def merge(prefixes: list[str], output: str, *, overwrite: bool) -> CorpusInfo:
         raise ConfigError(f"--output {output} is one of the corpora to join; choose another name")
     if not overwrite and os.path.exists(output + ".bin"):
         raise ConfigError(f"{output}.bin exists; --overwrite replaces it")
+    if not any(dataset.n_documents for dataset in datasets):
+        raise DataError(f"none of the {len(datasets)} corpora to join has a document; prepare them from more text")
     tokenizer = from_file(datasets[0].prefix + ".tokenizer.json")
     folder = Path(f"{output}.merging")
     with storage_errors(folder):

@@ -129,7 +129,7 @@ def _paragraphs(source: Source) -> Iterator[Block]:
             more = stream.read(max(CHUNK, len(held)))
             cut = len(held)
             if more:
-                cut = max(held.rfind(b"\n\n"), held.rfind(b"\n\r\n"), 0)
+                cut = max(held.rfind(b"\n\n"), held.rfind(b"\n\r\n")) + 1
                 if not cut and len(held) > MAX_LINE:
                     cut = _safe_cut(held, 0)
             if cut:
