@@ -129,12 +129,19 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
         )
 
 
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+
+
 def _cpu_problems(resolved: ResolvedConfig) -> Iterator[str]:
     """What needs a GPU, and what to use instead."""
     if resolved.precision == "fp16":
         yield "fp16 needs a GPU and none is visible; on a CPU use ds_configs/cpu.json, with --precision bf16 or fp32"
     if resolved.config.get("aio", {}).get("use_gds"):
         yield "aio.use_gds needs a GPU and none is visible; take the key out"
+    if "nvme" in (resolved.offload_optimizer, resolved.offload_param):
+        yield "offload to nvme needs a GPU and none is visible; on a CPU use ds_configs/cpu.json"
+    if any(resolved.config["zero_optimization"].get(key) for key in _QUANTIZED):
+        yield "ZeRO++ quantises on GPUs only and none is visible; on a CPU use ds_configs/cpu.json"
     if resolved.offload_optimizer and resolved.config["zero_force_ds_cpu_optimizer"]:
         yield "zero_force_ds_cpu_optimizer asks for DeepSpeed's own Adam, which is not used on CPUs; set it to false"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.dist import World
+from megagpt.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,6 +102,20 @@ def adam_class(device: torch.device, offloaded: bool) -> type | str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{builder.name} does not build: {reason}"
     return DeepSpeedCPUAdam if offloaded else FusedAdam
+
+
+def check_async_io(config: ResolvedConfig) -> None:
+    """Raise ConfigError where offload to NVMe is asked for and DeepSpeed's asynchronous I/O cannot be built."""
+    if "nvme" not in (config.offload_optimizer, config.offload_param):
+        return
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            f"{config.path}: offload to nvme needs libaio with its headers (Debian: libaio-dev) and a C++ compiler; "
+            "install them or use ds_configs/zero3_offload.json"
+        )
 
 
 def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: ResolvedConfig):

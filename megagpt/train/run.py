@@ -32,6 +32,7 @@ def train(plan: Plan, world: dist.World) -> None:
     device = deepspeed_engine.device_of(world)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     ds.check_hardware(plan.config, device.type, capability)
+    deepspeed_engine.check_async_io(plan.config)
     dist.export(world)
     deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
     with _lock(plan.run_dir):
