@@ -66,6 +66,7 @@ def test_the_summary_has_first_last_and_best_evaluation(tmp_path):
     assert summary["steps"] == 20
     assert summary["tokens"] == 20 * 128
     assert summary["tokens_per_s"] == 1010.5  # the median of 1001 ... 1020
+    assert summary["training_seconds"] == pytest.approx(20 * 0.128)
     books = summary["valid"]["books"]
     assert (books["first"]["step"], books["last"]["step"], books["best"]["step"]) == (0, 20, 20)
     assert books["last"] == {"step": 20, "loss": 7.0, "ppl": 99.0, "bits_per_byte": 2.0}

@@ -111,12 +111,20 @@ def summarize(records: list[dict]) -> dict:
         "tokens": last["tokens"],
         "train_loss": last["loss"],
         "skipped_steps": last["skipped_steps"],
+        "training_seconds": _training_seconds(train),
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
         "step_ms": statistics.median(r["step_ms"] for r in train),
         "memory_gb": max(r["memory_gb"] for r in train),
         **({"mfu": statistics.median(r["mfu"] for r in train if "mfu" in r)} if "mfu" in last else {}),
         "valid": {name: _evaluations(records, name) for name in validation_sets(records)},
     }
+
+
+def _training_seconds(train: list[dict]) -> float:
+    """The time spent in steps over all starts of the run, without evaluations and saves."""
+    steps = [r["step"] for r in train]
+    taken = [after - before for before, after in zip([0, *steps], steps, strict=False)]
+    return sum(n * r["step_ms"] for n, r in zip(taken, train, strict=True)) / 1e3
 
 
 def validation_sets(records: list[dict]) -> list[str]:
