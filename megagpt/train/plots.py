@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-_WINDOWS = 50  # the bold line is a mean over a 50th of the run
+_REACH = 40  # the bold line is a mean over a 40th of the run, at least two points, to either side
 
 
 def plot_losses(records: list[dict], path: Path) -> tuple[str | None, str | None]:
@@ -60,7 +60,7 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
     """The mean over a centred window, narrower towards both ends: the line neither lags nor starts late."""
     n = len(losses)
     position = np.arange(n)
-    reach = np.minimum(max(1, n // _WINDOWS) // 2, np.minimum(position, n - 1 - position))
+    reach = np.minimum(max(2, n // _REACH), np.minimum(position, n - 1 - position))
     sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
     return (sums[position + reach + 1] - sums[position - reach]) / (2 * reach + 1)
 
