@@ -222,9 +222,9 @@ def test_an_nvme_folder_that_is_not_there_is_refused(tmp_path):
         section = {"device": "nvme", "nvme_path": str(folder)}
         return resolved({"zero_optimization": {"stage": 3, "offload_optimizer": section}})
 
-    check_hardware(config(tmp_path), "cpu")
+    check_hardware(config(tmp_path), "cuda", (8, 0))
     with pytest.raises(ConfigError, match=r"offload_optimizer\.nvme_path .*gone.* is no folder"):
-        check_hardware(config(tmp_path / "gone"), "cpu")
+        check_hardware(config(tmp_path / "gone"), "cuda", (8, 0))
 
 
 def test_no_mistake_in_a_file_needs_torch_to_be_found(tmp_path):

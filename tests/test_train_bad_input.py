@@ -1,0 +1,120 @@
+"""Whatever a user gets wrong is one sentence, said once, with exit code 2, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from corpora import tiny_corpus, write_bytes_corpus
+from distributed import train
+
+
+def arguments(folder: Path, **changes) -> list:
+    config = folder / "ds.json"
+    if not config.exists():
+        config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    flags = {
+        "ds_config": config,
+        "model": "tiny",
+        "n_layer": 1,
+        "d_model": 32,
+        "n_head": 2,
+        "seq_len": 16,
+        "data": tiny_corpus(),
+        "run_dir": folder / "run",
+        "max_steps": 1,
+        "micro_batch_size": 2,
+        **changes,
+    }
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return words
+
+
+def truncated(folder: Path, ending: str) -> Path:
+    for path in Path(tiny_corpus()).parent.glob("stdlib.*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    path = folder / f"stdlib{ending}"
+    path.write_bytes(path.read_bytes()[:-7])
+    return folder / "stdlib"
+
+
+def absurd_header(folder: Path) -> Path:
+    """An index that says 2^60 sequences: believed, it would ask for 16 exabytes."""
+    prefix = truncated(folder, ".tokenizer.json")
+    data = bytearray(Path(f"{prefix}.idx").read_bytes())
+    data[18:26] = (2**60).to_bytes(8, "little")
+    Path(f"{prefix}.idx").write_bytes(data)
+    return prefix
+
+
+def foreign(folder: Path) -> Path:
+    prefix = truncated(folder, ".tokenizer.json")
+    Path(f"{prefix}.idx").write_bytes(b"PK\3\4 this is a zip file, not an index" * 10)
+    return prefix
+
+
+def other_tokenizer(folder: Path) -> list:
+    write_bytes_corpus(folder / "other", [b"some other text " * 50], tokenizer_sha256="1" * 64)
+    return [f"v={folder / 'other'}"]
+
+
+def too_short(folder: Path) -> Path:
+    write_bytes_corpus(folder / "short", [b"tiny"])
+    return folder / "short"
+
+
+CASES = {
+    "missing corpus": (lambda f: {"data": f / "nothing"}, "nothing.bin does not exist"),
+    "truncated tokens": (lambda f: {"data": truncated(f, ".bin")}, "stdlib.bin"),
+    "truncated index": (lambda f: {"data": truncated(f, ".idx")}, "stdlib.idx is"),
+    "foreign index": (lambda f: {"data": foreign(f)}, "is not an index of tokens"),
+    "absurd header": (lambda f: {"data": absurd_header(f)}, "1,152,921,504,606,846,976 sequences"),
+    "another tokenizer": (lambda f: {"valid_data": other_tokenizer(f)}, "was made with another tokenizer"),
+    "vocabulary too large": (lambda f: {"vocab_size": 100}, "needs a vocabulary of 256 and the model has 100"),
+    "corpus shorter than a sample": (lambda f: {"data": too_short(f)}, "one sample of seq_len=16 needs 17"),
+    "no length": (lambda f: {"max_steps": None}, "give --max_steps, --max_tokens or --epochs"),
+    "less than a step": (lambda f: {"max_steps": None, "max_tokens": 3}, "is less than one step"),
+    "unknown model": (lambda f: {"model": "gpt1x"}, "did you mean 'gpt1'"),
+    "unknown schedule": (lambda f: {"schedule": "cosine_warmup"}, "--schedule cosine_warmup is unknown"),
+    "warm-up longer than the run": (lambda f: {"warmup_steps": 9}, "--warmup_steps 9 does not fit"),
+    "heads do not divide": (lambda f: {"n_head": 5}, "must be a multiple of n_head=5"),
+    "misspelt flag": (lambda f: {"lerning_rate": 1}, "unknown flag --lerning_rate"),
+    "impossible batch": (
+        lambda f: {"global_batch_size": 7, "gradient_accumulation_steps": 3},
+        "train_batch_size 7 is not 2 per rank x 3 steps x 2 ranks = 12",
+    ),
+    "fp16 on a CPU": (lambda f: {"precision": "fp16"}, "fp16 needs a GPU and none is visible"),
+    "no such ds_config": (lambda f: {"ds_config": f / "no.json"}, "no.json"),
+    "apex that is not NVIDIA's": (lambda f: {"optimizer": "apex"}, "package called apex on PyPI is another one"),
+    "kernels that cannot serve": (lambda f: {"kernels": "triton"}, "--kernels triton"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_sentence_on_two_ranks(case, tmp_path):
+    changes, words = CASES[case]
+    codes, output = train(arguments(tmp_path, **changes(tmp_path)), 2)
+    assert codes == [2, 2], output
+    assert words in output
+    assert output.count("error:") == 1, output
+    assert "Traceback" not in output
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert not list(tmp_path.rglob("global_step*"))
+
+
+def test_training_that_stays_not_finite_stops_with_its_own_code_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tmp_path / "ds.json"
+    for stage in (0, 1, 3):
+        config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}))
+        run = tmp_path / f"run{stage}"
+        flags = {"run_dir": run, "max_steps": 60, "lr": 1e30, "warmup_steps": 0, "save_interval": 1, "log_interval": 1}
+        codes, output = train(arguments(tmp_path, **flags), 1)
+        assert codes == [6], output
+        assert "10 updates in a row had gradients that are not finite" in output
+        assert "Traceback" not in output
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert records[-1]["skipped_steps"] >= 9
