@@ -111,7 +111,7 @@ def test_training_that_stays_not_finite_stops_with_its_own_code_and_keeps_the_la
     for stage in (0, 1, 3):
         config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}))
         run = tmp_path / f"run{stage}"
-        flags = {"run_dir": run, "max_steps": 60, "lr": 1e30, "warmup_steps": 0, "save_interval": 1, "log_interval": 1}
+        flags = {"run_dir": run, "max_steps": 60, "lr": 1e17, "warmup_steps": 0, "save_interval": 1, "log_interval": 1}
         codes, output = train(arguments(tmp_path, **flags), 1)
         assert codes == [6], output
         assert "10 updates in a row had gradients that are not finite" in output
