@@ -17,6 +17,8 @@ help:
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
+	    'error: MegaGPT needs Python 3.10 to 3.12 and this is %d.%d; name another: make PYTHON=python3.11' % v)"
 	@echo "installing into $(VENV); the first time this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.config.flags import parse_flags
-from megagpt.errors import ConfigError
+from megagpt.errors import CheckpointError, ConfigError
 
 ALIASES = {"from": "run"}
 
@@ -41,7 +41,7 @@ def _generate(settings: GenerateSettings) -> None:
     from megagpt.model.generate import generate
 
     tokenizer = from_file(find_tokenizer(settings))
-    ids = tokenizer.encode(settings.prompt) if settings.prompt else _first_token(tokenizer)
+    ids = tokenizer.encode(settings.prompt) or _first_token(tokenizer)
     model = load_model(Path(settings.run), "cuda" if torch.cuda.is_available() else "cpu")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
@@ -75,7 +75,11 @@ def load_model(path: Path, device: str):
     ops = load_ops("auto", head_width=config.head_width, dtype=torch.float32, device=device)
     with torch.device("meta"):  # the weights come from the file, so no memory is spent on initial ones
         model = GPT(config, ops)
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not hold the weights of the model it describes: {reason[:400]}") from None
     return model.to(device).eval()
 
 
@@ -83,12 +87,14 @@ def find_tokenizer(settings: GenerateSettings) -> Path:
     """The tokenizer named by a flag, or the copy in the run folder that ``--from`` names or lies in."""
     if settings.tokenizer:
         return Path(settings.tokenizer)
-    run = Path(settings.run)
-    candidates = [folder / "tokenizer.json" for folder in (run, run.parent, run.parent.parent)]
-    for path in candidates if run.exists() else candidates[:1]:
-        if path.exists():
-            return path
-    raise ConfigError(f"there is no tokenizer.json in {run}; give the one the model was trained with: --tokenizer PATH")
+    path = Path(settings.run)
+    if path.name.startswith("global_step"):
+        folder = path.parent.parent  # of <run folder>/checkpoints/global_step<N>
+    else:
+        folder = path if path.suffix != ".safetensors" else path.parent
+    if not (folder / "tokenizer.json").exists():
+        raise ConfigError(f"{folder} has no tokenizer.json; give the one the model was trained with: --tokenizer PATH")
+    return folder / "tokenizer.json"
 
 
 def _first_token(tokenizer) -> list[int]:

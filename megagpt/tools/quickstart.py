@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="prefix of the prepared corpus")
     parser.add_argument("--run_dir", type=Path, default=RUN_DIR, help="folder of the run")
     args = parser.parse_args(argv)
-    if not args.corpus.with_suffix(".json").exists() and (code := run(prepare_command(args.corpus))):
+    if not Path(f"{args.corpus}.json").exists() and (code := run(prepare_command(args.corpus))):
         return code
     if code := run(train_command(args.corpus, args.run_dir, args.steps)):
         return code
@@ -38,31 +38,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare_command(corpus: Path) -> list[str]:
-    source = ["--corpus", "python-stdlib", "--tokenizer", "train:4096", "--valid_fraction", "0.05"]
-    return ["megagpt", "prepare", *source, "--output", str(corpus)]
+    flags = "--corpus python-stdlib --tokenizer train:4096 --valid_fraction 0.05"
+    return ["megagpt", "prepare", *flags.split(), "--output", str(corpus)]
 
 
 def train_command(corpus: Path, run_dir: Path, steps: int) -> list[str]:
     """Two ranks, on a CPU two processes that talk over gloo; one on a machine with a single GPU."""
-    ranks = "1" if torch.cuda.device_count() == 1 else "2"
-    launcher = ["deepspeed", "--quiet", "--num_gpus", ranks, "train.py", "--ds_config", "ds_configs/cpu.json"]
+    ranks = 1 if torch.cuda.device_count() == 1 else 2
+    launcher = f"deepspeed --quiet --num_gpus {ranks} train.py --ds_config ds_configs/cpu.json"
     # Small batches suit a small model; less than one pass over the corpus needs no dropout.
-    model = [
-        "--model",
-        "tiny",
-        "--dropout",
-        "0",
-        "--lr",
-        "3e-3",
-        "--global_batch_size",
-        "16",
-        "--micro_batch_size",
-        "8",
-    ]
+    model = "--model tiny --dropout 0 --lr 3e-3 --global_batch_size 16 --micro_batch_size 8"
+    quarter = max(1, steps // 4)
+    length = f"--max_steps {steps} --eval_interval {quarter} --eval_steps 16 --save_interval {quarter}"
     data = ["--data", str(corpus), "--valid_data", f"stdlib={corpus}-valid"]
-    quarter = str(max(1, steps // 4))
-    length = ["--max_steps", str(steps), "--eval_interval", quarter, "--eval_steps", "16", "--save_interval", quarter]
-    return [*launcher, *model, *data, *length, "--run_dir", str(run_dir)]
+    return [*launcher.split(), *model.split(), *length.split(), *data, "--run_dir", str(run_dir)]
 
 
 def generate_command(run_dir: Path) -> list[str]:
