@@ -89,9 +89,15 @@ class PooledMasks:
         M, R, C = self.shape
         ranges = [range(n)[cut] for n, cut in ((M, matrices), (R, rows), (C, columns))]
         corner = (ranges[0].start * R + ranges[1].start) * C + ranges[2].start
-        begin = random_word(self.seed, corner) % self.POOL
         m, r, c = map(len, ranges)
-        return self.pool[begin : begin + m * r * c].view(m, r, c)
+        return self._window(corner, m * r * c).view(m, r, c)
+
+    def _window(self, corner: int, n: int) -> Tensor:
+        if n > self.block_elements:
+            starts = range(corner, corner + n, self.block_elements)
+            return torch.cat([self._window(i, min(self.block_elements, corner + n - i)) for i in starts])
+        begin = random_word(self.seed, corner) % self.POOL
+        return self.pool[begin : begin + n]
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ j of Tkv if j <= i + Tkv - Tq: queries are the last positions, as in decoding. P
 ``cu_seqlens`` (n + 1,), the position where each begins and, last, T; they hold for every row of the batch.
 """
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -69,19 +69,21 @@ def _seen(documents, queries: slice, keys: slice, offset: int, causal: bool, dev
 
 
 class _Blocks:
-    """How the work is cut: rows of the batch, and in them blocks of queries, each with the keys it may see."""
+    """How the work is cut: B * H heads into groups, and in them the queries, each with the keys it may see."""
 
-    def __init__(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, causal: bool) -> None:
-        self.B, self.H, self.Tq, _ = q.shape
-        self.Tkv = k.shape[-2]
-        self.causal = causal
+    def __init__(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, setting: _Setting) -> None:
+        """q (B * H, Tq, K), k (B * H, Tkv, K)."""
+        self.n_heads, self.Tq, _ = q.shape
+        self.Tkv = k.shape[1]
+        self.causal, self.device = setting.causal, q.device
         self.documents = _documents(cu_seqlens, self.Tkv)
-        self.device = q.device
-        scores = self.H * min(self.Tq, _QUERIES) * self.Tkv
-        self.rows = max(1, _CPU_SCORES // scores) if q.device.type == "cpu" else self.B
+        self.mask_shape = (self.n_heads, self.Tq, self.Tkv)
 
-    def batches(self) -> Iterator[slice]:
-        return (slice(b, min(b + self.rows, self.B)) for b in range(0, self.B, self.rows))
+    def heads(self) -> list[slice]:
+        """As many as caches hold on a CPU, all elsewhere."""
+        scores = min(self.Tq, _QUERIES) * self.Tkv
+        step = max(1, _CPU_SCORES // scores) if self.device.type == "cpu" else self.n_heads
+        return [slice(h, min(h + step, self.n_heads)) for h in range(0, self.n_heads, step)]
 
     def queries(self) -> list[tuple[slice, slice, Tensor | None]]:
         """(queries, keys, bias of the last keys), the last queries, which see all keys, first."""
@@ -90,37 +92,19 @@ class _Blocks:
     def _block(self, queries: slice) -> tuple[slice, slice, Tensor | None]:
         offset = self.Tkv - self.Tq
         keys = slice(0, queries.stop + offset if self.causal else self.Tkv)
-        if not self.causal and self.documents is None:
-            return queries, keys, None
-        partly = slice(queries.start + offset if self.documents is None else 0, keys.stop)
-        seen = _seen(self.documents, queries, partly, offset, self.causal, self.device)
-        return queries, keys, torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf"))
+        if self.documents is None:
+            return queries, keys, _causal_bias(queries.stop - queries.start, self.device) if self.causal else None
+        return queries, keys, _bias(_seen(self.documents, queries, keys, offset, self.causal, self.device))
 
 
-class _Work:
-    """Some rows of the batch, as (rows * H, T, K) in the type that products are computed in; q is scaled."""
+def _bias(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
-    def __init__(self, batch: slice, setting: _Setting, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.batch, self.n_head = batch, q.shape[1]
-        self.heads = slice(batch.start * self.n_head, batch.stop * self.n_head)
-        self.softmax_dtype = torch.promote_types(q.dtype, torch.float32)
-        # 16-bit products are emulated on most CPUs, and slower than float32.
-        self.dtype = self.softmax_dtype if q.device.type == "cpu" else q.dtype
-        self.q = self.flat(q) * setting.scale
-        self.k, self.v = self.flat(k), self.flat(v)
 
-    def flat(self, x: Tensor) -> Tensor:
-        return x[self.batch].to(self.dtype).flatten(0, 1)
-
-    def probabilities(self, queries: slice, keys: slice, bias: Tensor | None) -> Tensor:
-        scores = (self.q[:, queries] @ self.k[:, keys].mT).to(self.softmax_dtype)
-        if bias is not None:
-            scores[..., -bias.shape[1] :] += bias
-        return scores.softmax(-1)
-
-    def store(self, out: Tensor, positions: slice, value: Tensor) -> None:
-        """out[batch, :, positions] = value (rows * H, positions, K)."""
-        out[self.batch, :, positions] = value.unflatten(0, (-1, self.n_head))
+@functools.lru_cache(maxsize=16)
+def _causal_bias(n: int, device: torch.device) -> Tensor:
+    """What n queries add to their scores for the last n keys they may see."""
+    return _bias(torch.ones(n, n, dtype=torch.bool, device=device).tril_())
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -128,64 +112,69 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, seed, cu_seqlens, setting):
-        B, H, Tq, K = q.shape
-        Tkv = k.shape[-2]
-        mask = setting.masks(seed, setting.dropout_p, (B * H, Tq, Tkv))
-        blocks = _Blocks(q, k, cu_seqlens, setting.causal)
-        parts = blocks.queries()
-        out = torch.empty(B, Tq, H, K, dtype=q.dtype, device=q.device).transpose(1, 2)
-        kept = []
-        for batch in blocks.batches():
-            work = _Work(batch, setting, q, k, v)
-            for queries, keys, bias in parts:
-                probs = work.probabilities(queries, keys, bias)
-                dropped = (probs * mask(work.heads, queries, keys)).to(work.dtype)
-                work.store(out, queries, dropped @ work.v[:, keys])
-                if Tkv <= _KEPT_PER_WIDTH * K:
+        ctx.setting, ctx.shape, ctx.dtype = setting, q.shape, q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # 16-bit products are emulated on most CPUs, and slower than float32.
+        product = wide if q.device.type == "cpu" else q.dtype
+        q, k, v = (x.to(product).reshape(-1, *x.shape[-2:]) for x in (q * setting.scale, k, v))
+        blocks = _Blocks(q, k, cu_seqlens, setting)
+        mask = setting.masks(seed, setting.dropout_p, blocks.mask_shape)
+        keep = k.shape[1] <= _KEPT_PER_WIDTH * k.shape[2]
+        out, kept = torch.empty_like(q), []
+        for heads in blocks.heads():
+            for queries, keys, bias in blocks.queries():
+                probs = _probabilities(q[heads, queries], k[heads, keys], bias, wide)
+                dropped = (probs * mask(heads, queries, keys)).to(product)
+                torch.bmm(dropped, v[heads, keys], out=out[heads, queries])
+                if keep:
                     kept.append(probs)
         ctx.save_for_backward(q, k, v, seed, cu_seqlens, *kept)
-        ctx.setting = setting
-        return out
+        return _like_projection(out, ctx.shape, ctx.dtype)
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, seed, cu_seqlens, *kept = ctx.saved_tensors
         setting, kept = ctx.setting, iter(kept)
-        blocks = _Blocks(q, k, cu_seqlens, setting.causal)
-        parts = blocks.queries()
-        mask = setting.masks(seed, setting.dropout_p, (blocks.B * blocks.H, blocks.Tq, blocks.Tkv))
-        dq, dk, dv = _empty_gradients(q, k)
-        for batch in blocks.batches():
-            work = _Work(batch, setting, q, k, v)
-            d_out3 = work.flat(d_out)
-            dk3 = dv3 = None
-            for queries, keys, bias in parts:
+        blocks = _Blocks(q, k, cu_seqlens, setting)
+        mask = setting.masks(seed, setting.dropout_p, blocks.mask_shape)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        d_out = d_out.to(q.dtype).reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for heads in blocks.heads():
+            for queries, keys, bias in blocks.queries():
                 probs = next(kept, None)
                 if probs is None:
-                    probs = work.probabilities(queries, keys, bias)
-                multiplier = mask(work.heads, queries, keys)
-                d_probs = (d_out3[:, queries] @ work.v[:, keys].mT).to(probs.dtype).mul_(multiplier)
-                d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).to(work.dtype)
-                dropped = torch.mul(probs, multiplier, out=d_probs).to(work.dtype)
-                work.store(dq, queries, (d_scores @ work.k[:, keys]).mul_(setting.scale))
-                dk3 = _add_product(dk3, keys, d_scores.mT, work.q[:, queries])
-                dv3 = _add_product(dv3, keys, dropped.mT, d_out3[:, queries])
-            work.store(dk, slice(None), dk3)
-            work.store(dv, slice(None), dv3)
-        return dq, dk, dv, None, None, None
+                    probs = _probabilities(q[heads, queries], k[heads, keys], bias, wide)
+                multiplier = mask(heads, queries, keys)
+                d_probs = (d_out[heads, queries] @ v[heads, keys].mT).to(wide).mul_(multiplier)
+                d_scores = torch._softmax_backward_data(d_probs, probs, -1, wide).to(q.dtype)
+                dropped = torch.mul(probs, multiplier, out=d_probs).to(q.dtype)
+                torch.bmm(d_scores, k[heads, keys], out=dq[heads, queries])
+                dk[heads, keys].baddbmm_(d_scores.mT, q[heads, queries])
+                dv[heads, keys].baddbmm_(dropped.mT, d_out[heads, queries])
+        return *_gradients(dq.mul_(setting.scale), dk, dv, ctx), None, None, None
 
 
-def _add_product(total: Tensor | None, keys: slice, a: Tensor, b: Tensor) -> Tensor:
-    """total[:, keys] += a b; the first block of queries, which sees every key, begins the sum."""
-    if total is None:
-        return a @ b
-    total[:, keys].baddbmm_(a, b)
-    return total
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """softmax(q k^T + bias), the bias on the last keys."""
+    scores = (q @ k.mT).to(dtype)
+    if bias is not None:
+        scores[..., -bias.shape[1] :] += bias
+    return scores.softmax(-1)
 
 
-def _empty_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """Room for dq, dk, dv; side by side as in a packed projection (B, T, 3, H, K) where the lengths are equal."""
-    B, H, Tq, K = q.shape
-    if k.shape[-2] == Tq:
-        return torch.empty(B, Tq, 3, H, K, dtype=q.dtype, device=q.device).permute(2, 0, 3, 1, 4).unbind()
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+def _like_projection(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """(B * H, T, K) as (B, H, T, K) in the order (B, T, H, K), which the output projection reads without a copy."""
+    B, H, T, K = shape
+    return torch.empty(B, T, H, K, dtype=dtype, device=x.device).transpose(1, 2).copy_(x.view(shape))
+
+
+def _gradients(dq: Tensor, dk: Tensor, dv: Tensor, ctx) -> tuple[Tensor, ...]:
+    """In the order of a packed projection (B, T, 3, H, K), side by side, where the lengths are equal."""
+    B, H, Tq, K = ctx.shape
+    shapes = (ctx.shape, (B, H, dk.shape[1], K), (B, H, dk.shape[1], K))
+    grads = [g.view(shape) for g, shape in zip((dq, dk, dv), shapes, strict=True)]
+    if dk.shape[1] != Tq:
+        return tuple(g.to(ctx.dtype) for g in grads)
+    packed = torch.empty(B, Tq, 3, H, K, dtype=ctx.dtype, device=dq.device).permute(2, 0, 3, 1, 4).unbind()
+    return tuple(room.copy_(g) for room, g in zip(packed, grads, strict=True))
