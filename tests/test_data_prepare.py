@@ -1,5 +1,6 @@
 """``megagpt prepare`` and ``megagpt data``: one corpus on any machine after any interruption, or one clear error."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from test_data_tokenizer import PARAGRAPHS
 
+from megagpt.data import job, writer
 from megagpt.data.bpe import parse_training, train
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.main import data_main, prepare_main
@@ -22,6 +24,7 @@ from megagpt.data.storage import storage_errors, write_atomically
 from megagpt.data.tokenizer import from_file
 from megagpt.errors import StorageError
 
+NEEDS_PROC = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are found in /proc")
 ENDINGS = (".bin", ".idx", ".json", ".tokenizer.json")
 
 
@@ -251,6 +254,7 @@ def test_a_killed_job_goes_on_where_it_stopped(tmp_path, many, tokenizer, monkey
     assert not (tmp_path / "killed.preparing").exists()
 
 
+@NEEDS_PROC
 def test_workers_end_with_the_process_that_started_them(tmp_path, many, tokenizer):
     script = tmp_path / "prepare.py"
     script.write_text(f"if __name__ == '__main__':\n    {COMMAND}\n")
@@ -275,6 +279,7 @@ def is_running(pid: str) -> bool:
         return False
 
 
+@NEEDS_PROC
 def test_a_killed_worker_is_reported_and_its_work_not_lost(tmp_path, many, tokenizer):
     script = tmp_path / "prepare.py"
     script.write_text(f"if __name__ == '__main__':\n    {COMMAND}\n")
@@ -330,7 +335,7 @@ def bad_input(tmp_path: Path, name: str) -> list[str]:
         "empty": "all of them empty",
         "blank": "no documents: the files hold nothing but white space",
         "all bad": r"no documents: 2 bad JSON; the first: .*in\.jsonl:1: bad JSON",
-        "no key": r"there is no key 'text' \(did you mean 'content'\?\)|there is no key 'text', but content",
+        "no key": "there is no key 'text', the keys are content: choose one with --json_key",
         "no texts": "no documents: 1 empty, 1 text is not a string|no documents: 1 text is not a string, 1 empty",
         "too many bad": "more than --max_bad_lines 1",
         "unknown tokenizer": "'gpt5' is neither a file nor known",
@@ -386,13 +391,11 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, texts, tokenizer,
 
 
 def test_two_jobs_do_not_write_one_corpus(tmp_path, many, tokenizer, capsys):
-    import fcntl
-
     (tmp_path / "out.preparing").mkdir()
     with open(tmp_path / "out.preparing" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert prepare("--input", *many, "--tokenizer", tokenizer, "--output", tmp_path / "out") == 2
-    assert "another process is preparing" in capsys.readouterr().err
+    assert "another process is at work in" in capsys.readouterr().err
     assert (tmp_path / "out.preparing" / "lock").exists()
 
 
@@ -417,7 +420,7 @@ def test_a_disk_that_fills_up_leaves_no_corpus_and_can_be_gone_on_from(tmp_path,
     assert "cannot write" in out.stderr
     assert "File too large" in out.stderr
     assert "Traceback" not in out.stderr
-    assert not (tmp_path / "out.bin").exists()
+    assert not list(tmp_path.glob("out*"))  # nothing was recorded yet: the space is given back
     assert prepare(*args) == 0
 
 
@@ -467,3 +470,28 @@ def test_real_books_get_the_ids_of_the_library(tmp_path):
         assert np.array_equal(dataset.document(i), [*library.encode(books[i]), 50_256])
     assert dataset.info.n_words == 1_521_912
     assert dataset.info.n_bytes == sum(len(book.encode()) for book in books)
+
+
+@pytest.mark.parametrize("when", ["after the last block", "while the files got their names"])
+def test_a_job_killed_at_its_very_end_is_finished(tmp_path, texts, tokenizer, when, monkeypatch):
+    args = ("--input", tmp_path / "input", "--tokenizer", tokenizer, "--valid_fraction", "0.3")
+    assert prepare(*args, "--output", tmp_path / "whole") == 0
+
+    class Killed(BaseException):
+        """As sudden as a signal: no handler of the job's own sees it."""
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr(job, "_SAVE_EVERY_S", 0)
+    place = (job.CorpusWriter, "seal") if when == "after the last block" else (writer, "sync_folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, die)
+        with pytest.raises(Killed):
+            prepare(*args, "--output", tmp_path / "out")
+    assert (tmp_path / "out.preparing").exists()
+    assert prepare(*args, "--output", tmp_path / "out") == 0
+    for name in ("", "-valid"):
+        assert content(f"{tmp_path}/out{name}") == content(f"{tmp_path}/whole{name}")
+        assert data_main(["verify", f"{tmp_path}/out{name}"]) == 0
+    assert not (tmp_path / "out.preparing").exists()

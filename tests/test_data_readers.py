@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,8 +149,6 @@ def test_lines_that_are_no_documents_are_counted_with_their_place(tmp_path):
 
 
 def test_json_is_judged_the_same_without_orjson(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "orjson", None)
     test_lines_that_are_no_documents_are_counted_with_their_place(tmp_path)
 
@@ -307,3 +307,39 @@ def test_a_shard_without_a_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--shard 1/2 has nothing to do"):
         shard(found, 1, 2)
     assert part_of(found[0], 0, 0) == []
+
+
+def test_a_bomb_of_one_endless_line_is_skipped_in_bounded_memory(tmp_path):
+    """Three hundred megabytes of zeros in three hundred kilobytes."""
+    zeros = gzip.compress(b"0" * 10_000_000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:1])) + zeros * 30)
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); from test_data_readers import *; skipped = Skipped()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert read([sys.argv[2]], skipped=skipped) == TEXTS[:1] and skipped.bad == 1\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "a.jsonl.gz")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) < 200
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_every_line_of_damaged_json_is_a_document_or_is_counted(data):
+    lines = []
+    for text in data.draw(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8)):
+        line = bytearray(json.dumps({"text": text}, ensure_ascii=data.draw(st.booleans())).encode())
+        for _ in range(data.draw(st.integers(0, 3))):
+            line[data.draw(st.integers(0, len(line) - 1))] = data.draw(st.integers(0, 255))
+        lines.append(bytes(line))
+    skipped, content = Skipped(), b"\n".join(lines)
+    found = list(documents.texts(readers.Block("jsonl", content, "a.jsonl"), "text", skipped))
+    present = [line for line in content.split(b"\n") if line.strip()]
+    assert len(found) + sum(skipped.counts.values()) == len(present)
+    expected = []
+    for line in present:
+        with contextlib.suppress(Exception):
+            expected.append(json.loads(line.decode())["text"])
+    assert [text for text in found if text not in expected] == []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megagpt.data.readers import Block
 from megagpt.data.streams import MAX_LINE
+from megagpt.errors import DataError, nearest
 
 _BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 _SHOWN = 3  # examples kept of each block
@@ -47,6 +48,18 @@ class Skipped:
 
     def __str__(self) -> str:
         return ", ".join(f"{n:,} {reason}" for reason, n in self.counts.most_common())
+
+
+def no_documents(skipped: Skipped, key: str) -> DataError:
+    """What to tell about an input in which nothing is a document."""
+    reasons = str(skipped) or "the files hold nothing but white space"
+    first = f"; the first: {skipped.examples[0]}" if skipped.examples else ""
+    hint = ""
+    if skipped.counts[NO_KEY]:
+        keys = [name for name, _ in skipped.keys.most_common(8)]
+        listed = ", ".join(keys) or "none"
+        hint = f"; there is no key {key!r}{nearest(key, keys)}, the keys are {listed}: choose one with --json_key"
+    return DataError(f"the input has no documents: {reasons}{first}{hint}")
 
 
 def texts(block: Block, key: str, skipped: Skipped) -> Iterator[str]:

@@ -72,7 +72,7 @@ def prepare(settings: PrepareSettings) -> dict[str, CorpusInfo]:
     if (done := job.already_done()) is not None:
         print(f"{settings.output}{suffix} is up to date: made from the same files with the same settings")
         return done
-    with job.work_folder():
+    with job.folder.held():
         return job.run()
 
 

@@ -6,6 +6,7 @@ The cuts depend on the files alone, not on the machine, so an interrupted job go
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megagpt.data import tables
 from megagpt.data.sources import Source
@@ -54,7 +55,7 @@ def blocks(sources: list[Source], reading: Reading, resume: tuple[int, int] = (0
     """All blocks of ``sources`` in order, from ``resume`` on. Raises DataError."""
     at, passed = resume
     while at < len(sources):
-        group = _small_files(sources[at:], reading)
+        group = _small_files(sources, at, reading)
         if group:
             at += len(group)
             yield Block("files", list(map(_whole, group)), group[0].path, resume=(at, 0), position=group[-1].n_bytes)
@@ -65,11 +66,11 @@ def blocks(sources: list[Source], reading: Reading, resume: tuple[int, int] = (0
         at, passed = at + 1, 0
 
 
-def _small_files(sources: list[Source], reading: Reading) -> list[Source]:
-    """The first files that fit into one block, each of them a document."""
+def _small_files(sources: list[Source], at: int, reading: Reading) -> list[Source]:
+    """The files from ``at`` on that fit into one block, each of them a document."""
     group: list[Source] = []
     total = 0
-    for source in sources:
+    for source in islice(sources, at, None):
         total += source.size
         if total > CHUNK or source.format != "txt" or reading.document != "file" or source.compressed:
             break
@@ -99,7 +100,8 @@ def _lines(source: Source, kind: str) -> Iterator[Block]:
     origin = f"{source.path} from byte {source.start:,}" if source.start else source.path
     with Stream(source.path, source.start, source.stop) as stream:
         held, line, too_long = b"", 1, ()
-        while more := stream.read(max(CHUNK, len(held))):
+        # a long line is read in growing steps, or putting it together would take the square of its length
+        while more := stream.read(max(CHUNK, min(len(held), MAX_LINE + 1 - len(held)))):
             held += more
             cut = held.rfind(b"\n") + 1
             if cut:

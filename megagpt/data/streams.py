@@ -84,11 +84,10 @@ class _Zstd:
     _MARK = os.urandom(16)
 
     def __init__(self, raw, zstandard) -> None:
-        self._raw = raw
         self._error = zstandard.ZstdError
-        self._behind = zstandard.ZstdCompressor().compress(self._MARK)
+        behind = zstandard.ZstdCompressor().compress(self._MARK)
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frames = decompressor.stream_reader(_Then(raw, self._behind), read_across_frames=True)
+        self._frames = decompressor.stream_reader(_Then(raw, behind), read_across_frames=True)
         self._held = b""  # read ahead, as it may be the mark
 
     def read(self, size: int) -> bytes:

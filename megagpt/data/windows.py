@@ -68,11 +68,7 @@ class Windows:
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """Samples ``indices`` (any integers from 0 on): int64 (len(indices), seq_len + 1)."""
-        return self.tokens(indices).astype(np.int64)
-
-    def tokens(self, indices: np.ndarray) -> np.ndarray:
-        """The same samples in the corpus's own type."""
-        return self.dataset.read(self.starts(indices), self.seq_len + 1)
+        return self.dataset.read(self.starts(indices), self.seq_len + 1).astype(np.int64)
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """The first token of each sample, int64 (len(indices),)."""
@@ -120,15 +116,11 @@ class Blend:
         # the share of corpus s among those from s on, in units of 2**-31; the last one takes all that is left
         self._shares = [round(w / rest * 2**31) for w, rest in zip(self.weights[:-1], remaining, strict=False)]
         self._seed = stream(seed, len(SAMPLERS))
-        self._choices = _InChunks(self._choose)
+        self._places = _InChunks(self._locate)
 
     def choose(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each sample its corpus and its number within that corpus, both int64 (len(indices),)."""
-        source, within = self._choices(np.asarray(indices, np.int64))
-        return source, within
-
-    def _choose(self, indices: np.ndarray) -> np.ndarray:
-        block, place = np.divmod(indices, self._BLOCK)
+        block, place = np.divmod(np.asarray(indices, np.int64), self._BLOCK)
         rest = block * self._BLOCK + permute(place, self._BLOCK, random_uint64(self._seed, block))
         source = np.full(len(rest), len(self._shares))
         within = np.zeros_like(rest)
@@ -139,15 +131,23 @@ class Blend:
             source[undecided[mine]], within[undecided[mine]] = s, taken[mine]
             rest, undecided = (rest - taken)[~mine], undecided[~mine]
         within[undecided] = rest
-        return np.stack([source, within])
+        return source, within
+
+    def _locate(self, indices: np.ndarray) -> np.ndarray:
+        """For each sample its corpus and its first token in it, int64 (2, len(indices))."""
+        source, within = self.choose(indices)
+        starts = np.empty_like(within)
+        for s, windows in enumerate(self.windows):
+            starts[source == s] = windows.starts(within[source == s])
+        return np.stack([source, starts])
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """Samples ``indices``: int64 (len(indices), seq_len + 1)."""
-        source, within = self.choose(indices)
+        source, starts = self._places(np.asarray(indices, np.int64))
         rows = np.empty((len(source), self.seq_len + 1), np.int64)
         for s in np.unique(source):
-            mine = source == s
-            rows[mine] = self.windows[s].tokens(within[mine])
+            mine = np.flatnonzero(source == s)
+            rows[mine] = self.windows[s].dataset.read(starts[mine], self.seq_len + 1)
         return rows
 
     def table(self, n_samples: int) -> list[BlendRow]:

@@ -16,6 +16,7 @@ from megagpt.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, dtype_fo
 from megagpt.data.info import CorpusInfo
 from megagpt.data.progress import Progress
 from megagpt.data.storage import storage_errors, sync, sync_folder, write_atomically
+from megagpt.errors import StorageError
 from megagpt.version import __version__
 
 _CHUNK = 1 << 20  # bytes or entries handled at a time
@@ -74,6 +75,11 @@ class CorpusWriter:
         digest = hashlib.sha256()
         with storage_errors(path):
             file = open(path, "ab")  # noqa: SIM115 closed by close()
+            if (found := os.fstat(file.fileno()).st_size) < size:
+                raise StorageError(
+                    f"{path} is {found:,} bytes long and {size:,} were recorded: the disk has lost some; remove "
+                    f"{path.parent} and start again"
+                )
             file.truncate(size)
             with open(path, "rb") as existing:
                 while chunk := existing.read(_CHUNK):
