@@ -64,12 +64,7 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         state = _resume(engine, source, plan, state)
 
     batch = BatchPlan(config.micro_batch, config.accumulation, world.world_size, world.rank)
-    is_main = dist.is_main()
-    if is_main:
-        report.write_run(plan.run_dir, plan.describe(), start_step=state.step, world_size=world.world_size)
-    with RunLog(
-        plan.run_dir, total_steps=plan.total_steps, is_main=is_main, monitor=engine.monitor, start_step=state.step
-    ) as log:
+    with dist.everywhere(lambda: _open_log(plan, engine, state.step, world)) as log:
         for line in [
             *notes,
             f"model {settings.model or 'gpt1'}: {plan.model.n_params():,} parameters",
@@ -89,6 +84,22 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         loop.run()
         summary = {"seconds": time.time() - begun, "checkpoint": str(plan.root / manifest.tag_name(state.step))}
         log.finish(summary)
+
+
+def _open_log(plan: Plan, engine, start_step: int, world: dist.World) -> RunLog:
+    """The log, on rank 0 with run.json and the tokenizer beside it: the run folder alone is enough to go on from."""
+    if dist.is_main():
+        tokenizer = Path(f"{plan.corpora.parts[0].prefix}.tokenizer.json")
+        report.write_run(
+            plan.run_dir, plan.describe(), start_step=start_step, world_size=world.world_size, tokenizer=tokenizer
+        )
+    return RunLog(
+        plan.run_dir,
+        total_steps=plan.total_steps,
+        is_main=dist.is_main(),
+        monitor=engine.monitor,
+        start_step=start_step,
+    )
 
 
 def _seed(seed: int) -> None:
