@@ -143,7 +143,8 @@ def three(tmp_path):
 )
 @settings(max_examples=40, deadline=None)
 def test_a_blend_has_the_weights_asked_for_at_any_length(weights, blocks, seed):
-    source = SimpleNamespace(seq_len=4, n_windows=10)  # choosing looks at nothing else
+    # choosing looks at nothing else
+    source = SimpleNamespace(seq_len=4, n_windows=10, dataset=SimpleNamespace(dtype=np.dtype(np.uint16)))
     blend = Blend([(weight, source) for weight in weights], seed=seed)
     n = 1024 * blocks
     source, within = blend.choose(np.arange(n))

@@ -112,6 +112,7 @@ class Blend:
         self.weights = [weight / total for weight in weights]
         self.seq_len = self.windows[0].seq_len
         self.n_windows = sum(windows.n_windows for windows in self.windows)
+        self._dtype = np.result_type(*(windows.dataset.dtype for windows in self.windows))  # that holds all of theirs
         remaining = np.cumsum(self.weights[::-1])[::-1]
         # the share of corpus s among those from s on, in units of 2**-31; the last one takes all that is left
         self._shares = [round(w / rest * 2**31) for w, rest in zip(self.weights[:-1], remaining, strict=False)]
@@ -144,11 +145,11 @@ class Blend:
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """Samples ``indices``: int64 (len(indices), seq_len + 1)."""
         source, starts = self._places(np.asarray(indices, np.int64))
-        rows = np.empty((len(source), self.seq_len + 1), np.int64)
+        rows = np.empty((len(source), self.seq_len + 1), self._dtype)
         for s in np.unique(source):
             mine = np.flatnonzero(source == s)
             rows[mine] = self.windows[s].dataset.read(starts[mine], self.seq_len + 1)
-        return rows
+        return rows.astype(np.int64)
 
     def table(self, n_samples: int) -> list[BlendRow]:
         """What the first ``n_samples`` samples take from each corpus."""
