@@ -11,7 +11,8 @@ _REACH = 40  # the bold line is a mean over a 40th of the run, at least two poin
 def plot_losses(records: list[dict], path: Path) -> tuple[str | None, str | None]:
     """Draw training and validation loss over tokens to ``path``; its name, or None and the reason why not."""
     train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
-    if len(train) < 2:
+    valid = _validation(records) if train else {}
+    if max([len(train), *(len(x) for x, _ in valid.values())]) < 2:
         return None, "fewer than two logged steps"
     if importlib.util.find_spec("matplotlib") is None:
         return None, "matplotlib is not installed (pip install 'megagpt[plots]')"
@@ -22,7 +23,7 @@ def plot_losses(records: list[dict], path: Path) -> tuple[str | None, str | None
     tokens, losses = np.array(train).T
     axes.plot(tokens, losses, color="0.8", linewidth=0.8)
     axes.plot(tokens, _smooth(losses), color="0.4", linewidth=1.6, label="training (running mean)")
-    for name, (x, y) in _validation(records).items():
+    for name, (x, y) in valid.items():
         axes.plot(x, y, marker="o", markersize=4, linewidth=1.2, label=f"validation: {name}")
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats a token)")
