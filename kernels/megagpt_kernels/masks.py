@@ -1,0 +1,57 @@
+"""Dropout masks that are a function of (seed, row, column): a hash of a random key of the row and one of the column.
+
+    h = (row_key ^ column_key) * MULTIPLIER  mod 2^32,    kept where h, as a signed number, is at least a threshold
+
+Two integer operations an element and two small tables, the same in either orientation of a tile and for every tile
+size. Elements that share at most a row or a column are independent; the corners of a rectangle correlate by less than
+1e-3. ``megagpt.ops.masks.HashedMasks`` is the same in torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagpt_kernels.runtime import launch
+
+_LEVELS = 1 << 24  # a key has 24 random bits above 8 zeros
+_BLOCK = 1024
+_MULTIPLIER = tl.constexpr(0xC2B2AF)
+
+
+@triton.jit
+def keep(row_keys, column_keys, threshold):
+    """bool, of the shape that the int32 keys broadcast to: which elements stay."""
+    return (row_keys ^ column_keys) * _MULTIPLIER >= threshold
+
+
+@triton.jit
+def _shift(x, BITS: tl.constexpr):
+    # A right shift of a signed number copies its sign; the mask makes it a shift of the bits.
+    return (x >> BITS) & ((1 << (64 - BITS)) - 1)
+
+
+@triton.jit
+def _keys_kernel(seed_ptr, keys_ptr, n_words, BLOCK: tl.constexpr):
+    # SplitMix64 (Steele, Lea, Flood 2014) started at the seed: a word of 64 bits is two keys.
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    x = (i + 1).to(tl.int64) * -7046029254386353131 + tl.load(seed_ptr)
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    x = x ^ _shift(x, 31)
+    tl.store(keys_ptr + i, x & -1095216660736, mask=i < n_words)  # ~0xFF in both halves
+
+
+def dropout_keys(seed: Tensor, n_rows: int, n_columns: int) -> tuple[Tensor, Tensor]:
+    """Keys of all rows and of all columns, int32 (n_rows,) and (n_columns,), drawn from ``seed`` (0-d int64)."""
+    n_words = triton.cdiv(n_rows + n_columns, 2)
+    words = torch.empty(n_words, dtype=torch.int64, device=seed.device)
+    launch(_keys_kernel, (triton.cdiv(n_words, _BLOCK),), seed, words, n_words, BLOCK=_BLOCK)
+    keys = words.view(torch.int32)
+    return keys[:n_rows], keys[n_rows : n_rows + n_columns]
+
+
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """What :func:`keep` compares with, and the factor of kept elements for which the expectation is unchanged."""
+    dropped = min(round(p * _LEVELS), _LEVELS - 1)
+    return 256 * dropped - 2**31, _LEVELS / (_LEVELS - dropped)

@@ -1,0 +1,80 @@
+"""What all kernels share: how they are launched, on which devices they run, and products of tiles."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton decides when a kernel is defined whether it will be compiled or interpreted.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = (7, 0)  # the first with tensor cores
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_recorder: Callable | None = None
+_capability: tuple[int, int] | None = None
+
+
+def why_not(*, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The reason why kernels cannot run on tensors of this dtype on this device, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < MINIMUM_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, MINIMUM_TRITON))}"
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of float16, bfloat16 and float32"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the model is on {device.type} and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
+    found = capability(device)
+    if found < MINIMUM_CAPABILITY:
+        return f"compute capability {found[0]}.{found[1]} is below {'.'.join(map(str, MINIMUM_CAPABILITY))}"
+    if dtype == torch.bfloat16 and found < (8, 0):
+        return f"compute capability {found[0]}.{found[1]} has no bfloat16 arithmetic; use float16"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) for the interpreter."""
+    if _capability is not None:
+        return _capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Run ``kernel`` over ``grid`` on the device of the tensors among its arguments, or hand it to the recorder."""
+    if _recorder is not None:
+        _recorder(kernel, args, options)
+        return
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    # Triton launches on the current device, which need not be the data's.
+    with torch.cuda.device_of(tensor):
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable, compute_capability: tuple[int, int]) -> Iterator[None]:
+    """Call ``recorder(kernel, args, options)`` in place of every launch, as on a GPU of ``compute_capability``.
+
+    With tensors on the meta device this tells which kernels an operation would run, without a GPU.
+    """
+    global _recorder, _capability
+    before = _recorder, _capability
+    _recorder, _capability = recorder, compute_capability
+    try:
+        yield
+    finally:
+        _recorder, _capability = before
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a b in float32; ``PRECISION`` matters for float32 tiles only."""
+    if _INTERPRETED:  # which multiplies bfloat16 as the integers it keeps them in
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
