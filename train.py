@@ -1,4 +1,4 @@
-"""Entry point of pre-training: ``deepspeed train.py --ds_config ds_configs/cpu.json ...``; also torchrun, srun, python."""
+"""Pre-training: ``deepspeed train.py --ds_config ds_configs/cpu.json ...``; also torchrun, srun and python."""
 
 import sys
 

@@ -11,8 +11,8 @@ def _log_with_deepspeeds_monitor(run_dir, start_step, steps):
 
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
-    from megagpt.dist import resolve_world
 
+    from megagpt.dist import resolve_world
     from megagpt.train.engine import start_distributed, stop_distributed
 
     start_distributed(resolve_world(os.environ), timeout_minutes=1)

@@ -84,7 +84,7 @@ def resolve(
     optimizer = None if section is None else _optimizer(section, settings, problems)
     _refuse(problems, path)
     if config.get("gradient_clipping", AUTO) == AUTO:
-        config["gradient_clipping"] = 1.0  # SPEC 6.2, and DeepSpeed's own default
+        config["gradient_clipping"] = 1.0  # as GPT-1 was trained, and DeepSpeed's own default
     for key, number in zip(_BATCH_KEYS, numbers, strict=True):
         config[key] = number
     # The optimiser is built outside DeepSpeed, which then wants to be told that this is meant.

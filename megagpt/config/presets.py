@@ -54,7 +54,6 @@ def _training(global_batch_size: int, lr: float, warmup_steps: int, **changes) -
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.01,
-        "gradient_clipping": 1.0,
         **changes,
     }
 

@@ -1,6 +1,5 @@
 """One message whatever the number of ranks, and the exit code that goes with it."""
 
-import json
 import os
 import socket
 import sys
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from megagpt import errors
+from megagpt.dist.gather import gather_json
 from megagpt.dist.world import is_main
 from megagpt.errors import MegaGPTError
 
@@ -56,7 +56,7 @@ def everywhere(fn: Callable[[], Result]) -> Result:
     if failure is not None:
         kind = type(failure).__name__ if isinstance(failure, MegaGPTError) else None
         report = {"kind": kind, "text": str(failure) if kind else f"{type(failure).__name__}: {failure}"}
-    reports = _gather(report)
+    reports = gather_json(report)
     failed = {rank: report for rank, report in enumerate(reports) if report is not None}
     if not failed:
         return result
@@ -68,27 +68,6 @@ def everywhere(fn: Callable[[], Result]) -> Result:
     error = getattr(errors, first["kind"] or "", MegaGPTError)(prefix + first["text"])
     error.on_every_rank = True
     raise error from failure
-
-
-def _gather(report: dict | None) -> list[dict | None]:
-    """The reports of all ranks as JSON in tensors: nothing that comes from another rank is unpickled."""
-    import torch
-    from torch import distributed
-
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return [report]
-    device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
-    text = b"" if report is None else json.dumps(report).encode()
-    longest = torch.tensor([len(text)], device=device)
-    distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
-    if not longest.item():
-        return [None] * distributed.get_world_size()
-    mine = torch.zeros(int(longest.item()), dtype=torch.uint8, device=device)
-    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    all_texts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(all_texts, mine)
-    texts = [bytes(t.tolist()).rstrip(b"\0") for t in all_texts]
-    return [json.loads(text) if text else None for text in texts]
 
 
 def _show(error: MegaGPTError, env: Mapping[str, str], leader_is_gone: Callable[[], bool]) -> None:

@@ -165,9 +165,3 @@ def _check_port(world: World, env: Mapping[str, str]) -> None:
 def is_main(env: Mapping[str, str] = os.environ) -> bool:
     """True on rank 0, and where no launcher's variable says a rank."""
     return (env.get("RANK") or env.get("SLURM_PROCID") or "0") == "0"
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if is_main():
-        print(text, flush=True)

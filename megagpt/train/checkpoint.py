@@ -39,7 +39,6 @@ class TrainState:
     best_step: int | None = None
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
 
 
 class HashingFile:
@@ -195,8 +194,7 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
     writer.save(rng_state(), tmp / _rng_name(rank))
     dist.everywhere(lambda: _finish_rank(writer, tmp, rank, state))
 
-    shares: list = [None] * world_size
-    torch.distributed.all_gather_object(shares, [asdict(entry) for entry in writer.entries])
+    shares = dist.gather_json([asdict(entry) for entry in writer.entries])
     entries = [manifest.FileEntry(**entry) for share in shares for entry in share]
     dist.everywhere(lambda: _commit(tmp, final, entries, state, config, world_size) if rank == 0 else None)
     return final
@@ -249,8 +247,7 @@ def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, worl
 def problem(folder: Path) -> str | None:
     """Like :func:`manifest.problem`, with the reading shared out: every rank calls it and gets the same answer."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found: list = [None] * world_size
-    torch.distributed.all_gather_object(found, manifest.problem(folder, part=rank, parts=world_size))
+    found = dist.gather_json(manifest.problem(folder, part=rank, parts=world_size))
     return next((reason for reason in found if reason), None)
 
 
