@@ -1,0 +1,51 @@
+"""Kernels run in Triton's interpreter where there is no GPU; fixtures that several test modules share."""
+
+import importlib
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """Without a GPU, set ``TRITON_INTERPRET`` while a module that tests kernels is imported.
+
+    Triton asks for it when a kernel is defined. It is there no longer than that: tests of the other parts, and the
+    processes that they start, see the environment as it was.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(collector, pytest.Module) and collector.path.name.startswith("test_kernels_"):
+            import torch
+
+            if not torch.cuda.is_available():
+                patch.setenv("TRITON_INTERPRET", "1")
+            # Triton imports the one at the first launch, a test perhaps the other: both have to see the variable.
+            importlib.import_module("triton.experimental.gluon")
+            importlib.import_module("megagpt_kernels")
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels are tested: on the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch allocates without a value is NaN, or the largest integer, so that a lane nobody wrote shows."""
+    import torch
+
+    def poisoned(allocate):
+        def fill(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            return tensor.fill_(torch.nan if floating else torch.iinfo(tensor.dtype).max)
+
+        return fill
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
