@@ -1,5 +1,7 @@
 # TORCH names the torch build that a fresh environment gets.
 TORCH ?= torch==2.13.0
+# Builds of torch for CUDA bring their own Triton; others get this one, for the tests of the kernels.
+TRITON ?= triton==3.6.0
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +25,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet '$(TRITON)'
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[all,dev]'
 	touch $@
 
