@@ -111,6 +111,15 @@ def test_damaged_checkpoints_are_passed_over_by_name_and_the_next_older_one_is_t
     assert manifest.problem(folder(run_dir, 4)) is None, "the resumed run has written step 4 anew"
 
 
+def test_damaged_checkpoints_do_not_crowd_out_good_ones(run_dir):
+    """They were counted among the newest to keep, and good ones were deleted in their place."""
+    flip_a_bit(shard(run_dir, 4))
+    flip_a_bit(shard(run_dir, 3))
+    code, output = resume(run_dir, max_steps=5, save_interval=0, keep_last=2)
+    assert code == 0, output
+    assert [manifest.step_of(f) for f in manifest.folders(run_dir / "checkpoints")] == [5, 4, 3, 2]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_from_nothing(run_dir):
     for step in range(1, 5):
         (folder(run_dir, step) / manifest.MANIFEST).unlink()
@@ -174,6 +183,28 @@ def test_a_run_folder_of_something_else_is_refused_in_one_sentence(run_dir, chan
     assert output.count("error:") == 1, output
     assert "Traceback" not in output
     assert sorted(p.name for p in run_dir.rglob("*")) == before, "nothing was written"
+
+
+def test_a_run_does_not_go_back_behind_its_own_checkpoints(run_dir, tmp_path):
+    """Step 3 was taken for saved already, and the next start went on from the step 4 that had been given up."""
+    code, output = resume(run_dir, resume=folder(run_dir, 2))
+    assert code == 2
+    assert "goes on from step 2 and" in output
+    assert f"{run_dir} already holds global_step4; choose another --run_dir" in output
+    code, output = resume(tmp_path / "branch", resume=folder(run_dir, 2))
+    assert code == 0, output
+    assert "step 2 of 6" in output
+    code, output = resume(tmp_path / "branch", resume=run_dir)
+    assert code == 2
+    assert "already holds global_step6" in output
+
+
+def test_a_damaged_newest_checkpoint_of_a_run_to_resume_is_told(run_dir, tmp_path):
+    flip_a_bit(shard(run_dir, 4))
+    code, output = resume(tmp_path / "branch", resume=run_dir)
+    assert code == 0, output
+    assert "skipped checkpoint global_step4: " in output
+    assert "step 3 of 6" in output
 
 
 def test_other_data_under_the_same_name_is_refused(run_dir, tmp_path):

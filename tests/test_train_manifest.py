@@ -106,6 +106,13 @@ def test_pruning_keeps_the_newest_and_the_named_and_nothing_that_is_not_ours(tmp
     assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [6, 5], "two always stay"
 
 
+def test_pruning_neither_counts_nor_deletes_what_was_passed_over(tmp_path):
+    for step in range(1, 7):
+        make(tmp_path, step)
+    assert manifest.prune(tmp_path, keep_last=2, keep=set(), passed_over={6, 5}) == [2, 1]
+    assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [6, 5, 4, 3]
+
+
 def test_latest_is_replaced_whole(tmp_path):
     manifest.write_latest(tmp_path, 5)
     manifest.write_latest(tmp_path, 6)

@@ -182,8 +182,6 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     final, tmp = root / manifest.tag_name(state.step), root / manifest.tmp_name(state.step)
-    if final.is_dir() and manifest.problem(final) is None:
-        return final
     dist.everywhere(lambda: _prepare_folder(root, tmp, needed) if rank == 0 else None)
 
     writer = Writer(tmp)
@@ -311,7 +309,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    folder = manifest.locate(path)
+    folder, _ = manifest.locate(path)
     state, header = read_state(folder), manifest.read(folder)
     from megagpt.train.engine import import_deepspeed
 

@@ -76,6 +76,8 @@ class Loop:
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.last_valid: dict[str, dict] = {}
+        # Resuming found these damaged, or it would have gone on from one of them.
+        self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
         self._failed_saves = 0
         self._skipped_in_a_row = 0
         self._mark_time()
@@ -201,9 +203,10 @@ class Loop:
             return
         self._failed_saves = 0
         self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
-        keep = {self.state.best_step} - {None}
+        self._passed_over.discard(self.state.step)  # there is a good one now
         if dist.is_main():
-            manifest.prune(self.root, self.intervals.keep_last, keep)
+            keep = {self.state.best_step} - {None}
+            manifest.prune(self.root, self.intervals.keep_last, keep, self._passed_over)
         self._mark_time()
 
     def _note_best(self) -> None:

@@ -214,20 +214,20 @@ def newest_intact(root: Path, problem: Callable[[Path], str | None] = problem) -
     return None, skipped
 
 
-def locate(path: Path, problem: Callable[[Path], str | None] = problem) -> Path:
+def locate(path: Path, problem: Callable[[Path], str | None] = problem) -> tuple[Path, list[str]]:
     """The checkpoint folder meant by ``path``: itself, or the newest intact one of a run folder.
 
-    Raises CheckpointError when there is none.
+    With it one line for each newer one that was passed over. Raises CheckpointError when there is none.
     """
     if step_of(path) is not None and path.is_dir():
         reason = problem(path)
         if reason:
             raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
-        return path
-    folder, _ = newest_intact(root_of(path), problem)
+        return path, []
+    folder, skipped = newest_intact(root_of(path), problem)
     if folder is None:
         raise nothing_there(path)
-    return folder
+    return folder, skipped
 
 
 def write_latest(root: Path, step: int) -> None:
@@ -243,13 +243,15 @@ def remove_leftovers(root: Path) -> list[Path]:
     return leftovers
 
 
-def prune(root: Path, keep_last: int, keep: set[int]) -> list[int]:
+def prune(root: Path, keep_last: int, keep: set[int], passed_over: Iterable[int] = ()) -> list[int]:
     """Delete all checkpoints but the ``keep_last`` newest and the steps in ``keep``; the deleted steps.
 
-    At least the two newest stay whatever ``keep_last`` says, for one of them may turn out damaged.
+    At least the two newest stay whatever ``keep_last`` says, for one of them may turn out damaged. Those
+    ``passed_over`` because they are damaged are neither deleted nor counted.
     """
     deleted = []
-    for folder in folders(root)[max(2, keep_last) :]:
+    ours = [folder for folder in folders(root) if step_of(folder) not in passed_over]
+    for folder in ours[max(2, keep_last) :]:
         step = step_of(folder)
         if step in keep:
             continue

@@ -198,7 +198,25 @@ def _checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
         return None, []
     if wanted == "auto":
         return manifest.newest_intact(plan.root, checkpoint.problem)
-    return manifest.locate(Path(wanted), checkpoint.problem), []
+    source, notes = manifest.locate(Path(wanted), checkpoint.problem)
+    _refuse_two_histories(plan, source, notes)
+    return source, notes
+
+
+def _refuse_two_histories(plan: Plan, source: Path, notes: list[str]) -> None:
+    """Raise ConfigError where the run folder has checkpoints that a run from ``source`` on would not lead to.
+
+    The next start could not tell which of the two to go on from.
+    """
+    own = source.parent.resolve() == plan.root.resolve()
+    if own and notes:
+        return  # what is newer is damaged
+    others = [f for f in manifest.folders(plan.root) if not own or manifest.step_of(f) > manifest.step_of(source)]
+    if others:
+        raise ConfigError(
+            f"--resume {plan.settings.resume} goes on from step {manifest.step_of(source)} and {plan.run_dir} already "
+            f"holds {others[0].name}; choose another --run_dir, move the newer checkpoints away, or use --resume auto"
+        )
 
 
 def _resume(engine, source: Path, plan: Plan, fresh: checkpoint.TrainState) -> checkpoint.TrainState:
