@@ -66,7 +66,7 @@ def test_the_summary_has_first_last_and_best_evaluation(tmp_path):
     assert summary["steps"] == 20
     assert summary["tokens"] == 20 * 128
     assert summary["tokens_per_s"] == 1010.5  # the median of 1001 ... 1020
-    assert summary["training_seconds"] == pytest.approx(20 * 0.128)
+    assert summary["all_starts_step_seconds"] == pytest.approx(20 * 0.128)
     books = summary["valid"]["books"]
     assert (books["first"]["step"], books["last"]["step"], books["best"]["step"]) == (0, 20, 20)
     assert books["last"] == {"step": 20, "loss": 7.0, "ppl": 99.0, "bits_per_byte": 2.0}
@@ -84,6 +84,27 @@ def test_a_run_too_short_for_a_curve_says_so(tmp_path):
     summary = finished_run(tmp_path, steps=1)
     assert summary["loss_curve"] == "not drawn: fewer than two logged steps"
     assert "loss.png" not in (tmp_path / "summary.md").read_text()
+
+
+def test_a_run_logged_once_but_evaluated_often_has_a_curve(tmp_path):
+    """Ten steps and the default logging interval of ten: one training point, and every evaluation."""
+    with RunLog(tmp_path, total_steps=10, is_main=True) as log:
+        for step in (0, 5, 10):
+            if step == 10:
+                log.train(training_record(10))
+            log.valid("books", {"loss": 5.0 - 0.1 * step, "ppl": 99.0}, step)
+        assert log.finish({})["loss_curve"] == "loss.png"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_in_steps_is_that_of_all_starts(tmp_path):
+    """Two starts of five steps of 128 ms each."""
+    for start, stop in ((0, 5), (5, 10)):
+        with RunLog(tmp_path, total_steps=10, is_main=True, start_step=start) as log:
+            for step in range(start, stop):
+                log.train(training_record(step + 1))
+            summary = log.finish({})
+    assert summary["all_starts_step_seconds"] == pytest.approx(10 * 0.128)
 
 
 def test_a_curve_is_drawn_over_steps_without_a_loss(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megagpt.errors import ConfigError
-from megagpt.train.optim import GuardedAdamW, build_optimizer, parameter_groups
+from megagpt.train.optim import behind_guard, build_optimizer, parameter_groups
 from megagpt.train.schedule import warmup_linear
 
 GOLDEN = {
@@ -52,7 +52,7 @@ def test_guarded_step_clips_by_the_global_norm_like_torch():
         return params
 
     def guarded(params):
-        optimizer = GuardedAdamW(params, lr=0.1)
+        optimizer = behind_guard(torch.optim.AdamW)(params, lr=0.1)
         optimizer.clip = 1.0
         return optimizer
 
@@ -64,7 +64,7 @@ def test_guarded_step_clips_by_the_global_norm_like_torch():
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = GuardedAdamW([p], lr=0.1)
+    optimizer = behind_guard(torch.optim.AdamW)([p], lr=0.1)
     p.grad = torch.tensor([1.0, float("nan"), 1.0])
     optimizer.step()
     assert optimizer.overflow
@@ -74,6 +74,27 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer.step()
     assert not optimizer.overflow
     assert not torch.equal(p.data, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "openai_adam", "apex"])
+def test_every_optimizer_can_be_guarded(name, monkeypatch):
+    """apex's was not: unsharded fp32 training with it was neither clipped nor kept from a NaN."""
+
+    class FusedAdam(torch.optim.AdamW):  # takes what apex's takes
+        def __init__(self, params, adam_w_mode, **settings):
+            super().__init__(params, **settings)
+
+    monkeypatch.setattr("megagpt.train.optim.apex_fused_adam", lambda: FusedAdam)
+    p = torch.nn.Parameter(torch.zeros(4))
+    groups = [{"params": [p], "lr": 0.1, "weight_decay": 0.0}]
+    optimizer, _ = build_optimizer(name, groups, betas=(0.0, 0.0), eps=1.0, guarded=True, clip=1.0)
+    p.grad = torch.full((4,), float("nan"))
+    optimizer.step()
+    assert optimizer.overflow
+    assert torch.equal(p.data, torch.zeros(4))
+    p.grad = torch.full((4,), 50.0)  # of norm 100: clipped to 0.5 each, and Adam without moments moves by g / (|g| + 1)
+    optimizer.step()
+    torch.testing.assert_close(p.data, torch.full((4,), -0.1 * 0.5 / 1.5))
 
 
 def test_unknown_optimizer_and_missing_apex_are_refused_in_words():

@@ -23,6 +23,7 @@ import torch
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
+from megagpt.model.gpt import decays
 from megagpt.train import manifest
 
 _HASH_APART = 1 << 20  # bytes from which hashing in a second thread beside the write pays
@@ -325,12 +326,29 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def _whole_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     if zero_stage == 0:
         saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu", mmap=True)
-        return saved["module"]
+        return _with_masters(saved["module"], saved["optimizer"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It reports its progress with print and tqdm.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def _with_masters(weights: dict[str, torch.Tensor], optimizer: dict) -> dict[str, torch.Tensor]:
+    """``weights`` as an unsharded run updates them: in fp32, where it trained in 16 bits.
+
+    DeepSpeed keeps these for each parameter group as a list or, under its own Adam, one behind the other.
+    """
+    masters = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat")
+    if masters is None:
+        return weights
+    groups = [[name for name in weights if decays(name) == wanted] for wanted in (True, False)]  # as the optimiser's
+    whole = {}
+    for names, master in zip(filter(None, groups), masters, strict=True):
+        flat = master if torch.is_tensor(master) else torch.cat([tensor.flatten() for tensor in master])
+        parts = flat.split([weights[name].numel() for name in names])
+        whole |= {name: part.view_as(weights[name]) for name, part in zip(names, parts, strict=True)}
+    return whole
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -6,10 +6,13 @@ is reported before.
 
 import logging
 import os
+import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -38,13 +41,30 @@ def import_deepspeed() -> ModuleType:
 
 
 def device_of(world: World) -> torch.device:
-    """The device of this rank. A task that sees one GPU uses it whatever its local rank is (``--gpus-per-task``)."""
+    """The device of this rank. Raises ConfigError where there are fewer GPUs than ranks."""
     if not torch.cuda.is_available():
         _share_cores(world)
         return torch.device("cpu")
-    index = 0 if torch.cuda.device_count() == 1 else world.local_rank
+    index = gpu_index(world, torch.cuda.device_count())
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def gpu_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -> int:
+    """Which of the ``visible`` GPUs is this rank's: the one of its local rank, or the only one it is allowed to see.
+
+    Raises ConfigError where the ranks of this host outnumber its GPUs.
+    """
+    allowed = env.get("CUDA_VISIBLE_DEVICES", "")
+    if visible == 1 and (world.launcher == "slurm" or (allowed and "," not in allowed)):
+        return 0  # as with srun --gpus-per-task
+    if world.local_world_size > visible:
+        raise ConfigError(
+            f"{world.local_world_size} ranks are to run on {socket.gethostname()} and it has {visible} GPU"
+            f"{'s' * (visible != 1)}; start one a GPU (deepspeed --num_gpus {visible}, torchrun --nproc_per_node "
+            f"{visible}, srun --ntasks-per-node={visible}), or set LOCAL_WORLD_SIZE if some run on other hosts"
+        )
+    return world.local_rank
 
 
 def _share_cores(world: World) -> None:
@@ -62,12 +82,15 @@ def start_distributed(world: World, timeout_minutes: float) -> None:
         # killed build left behind, and leaves 69 MB a rank in /dev/shm. (`import deepspeed.comm.torch` gives another
         # module, hence sys.modules.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         verbose=False,
     )
+    # ZeRO's collectives go over groups that DeepSpeed makes without a timeout: torch's own of half an hour would hold.
+    deepspeed.comm.comm.cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)
 
 
 def stop_distributed() -> None:
@@ -132,6 +155,14 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Res
     return engine
 
 
+def backward(engine, loss: Tensor) -> None:
+    """Add the gradients of a micro-batch's mean ``loss`` to those of the global batch's mean loss."""
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        # DeepSpeed 0.19 takes the loss scale out of these gradients and forgets to put it in (its pull request 8393).
+        loss = loss * engine.optimizer.loss_scale
+    engine.backward(loss)
+
+
 def is_unsharded_fp32(config: ResolvedConfig) -> bool:
     """True where DeepSpeed steps the plain optimiser, without the finite check and norm that its own wrappers have."""
     return config.zero_stage == 0 and config.precision == "fp32"
@@ -140,12 +171,16 @@ def is_unsharded_fp32(config: ResolvedConfig) -> bool:
 def grad_norm(engine) -> float | None:
     """The global norm of the last update's gradients before clipping, or None where the engine has not computed it."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    if norm is None:
+        return None
+    # Without ZeRO and its own Adam, DeepSpeed leaves the loss scale in the norm.
+    scaled = type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
+    return float(norm) / (engine.optimizer.loss_scale if scaled else 1.0)
 
 
 def loss_scale(engine) -> float | None:
     """The current fp16 loss scale, or None in other precisions."""
-    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

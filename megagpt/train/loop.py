@@ -98,17 +98,17 @@ class Loop:
         """Forward, backward and update over one global batch; this rank's mean loss, not yet read from the device."""
         self._set_rates()
         loss = 0.0
-        skipped = self.engine.skipped_steps
+        before = self.engine.skipped_steps, deepspeed_engine.loss_scale(self.engine)
         for _ in range(self.plan.accumulation):
             ids = self.batches.next()
             micro_loss = self.engine(ids[:, :-1], ids[:, 1:])
-            self.engine.backward(micro_loss)
+            deepspeed_engine.backward(self.engine, micro_loss)
             self._engine_step()
             loss = loss + micro_loss.detach()
         self.state.step += 1
         self.state.samples += self.plan.global_batch
         self.state.tokens += self.tokens_per_step
-        self._count_skipped(self.engine.skipped_steps - skipped)
+        self._count_skipped(*before)
         return loss / self.plan.accumulation
 
     def _set_rates(self) -> None:
@@ -129,10 +129,13 @@ class Loop:
                 "use bf16, a lower --lr or a longer --warmup_steps, and resume from the last checkpoint"
             ) from None
 
-    def _count_skipped(self, skipped: int) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        # fp16 finds its loss scale by overflowing; its own floor ends a hopeless run.
-        if self._skipped_in_a_row >= _MAX_SKIPPED and self.config.precision != "fp16":
+    def _count_skipped(self, skipped_before: int, scale_before: float | None) -> None:
+        """Raise NumericError where one update after the other is skipped."""
+        skipped = self.engine.skipped_steps > skipped_before
+        # fp16 finds its loss scale by overflowing: an update that lowered it is no bad sign.
+        lowered = scale_before is not None and deepspeed_engine.loss_scale(self.engine) < scale_before
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped and not lowered else 0
+        if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise NumericError(
                 f"step {self.state.step}: {_MAX_SKIPPED} updates in a row had gradients that are not finite and were "
                 "skipped; lower --lr, lengthen --warmup_steps or look at the data, and resume from the last checkpoint"

@@ -23,7 +23,7 @@ def parameter_groups(
     }
     for name, parameter in named:
         groups["decay" if decays(name) else "no_decay"]["params"].append(parameter)
-    return [{**group, "name": name, "lr": lr, "base_lr": lr} for name, group in groups.items() if group["params"]]
+    return [{**group, "name": name, "lr": lr} for name, group in groups.items() if group["params"]]
 
 
 OPTIMIZERS = ("adamw", "openai_adam", "apex")
@@ -91,12 +91,9 @@ class GuardedStep:
         return super().step(closure)
 
 
-class GuardedAdamW(GuardedStep, torch.optim.AdamW):
-    """torch's AdamW behind :class:`GuardedStep`."""
-
-
-class GuardedOpenAIAdam(GuardedStep, OpenAIAdam):
-    """:class:`OpenAIAdam` behind :class:`GuardedStep`."""
+def behind_guard(cls: type) -> type:
+    """The optimiser ``cls`` behind :class:`GuardedStep`."""
+    return type(f"Guarded{cls.__name__}", (GuardedStep, cls), {})
 
 
 def apex_fused_adam() -> type | None:
@@ -126,28 +123,35 @@ def build_optimizer(
     DeepSpeed's Adam class for where the states live, or the reason why there is none; it is asked only for ``adamw``.
     Raises ConfigError for an unknown name and for ``apex`` without NVIDIA's extension modules.
     """
-    settings = {"betas": betas, "eps": eps}
+    check_available(name)
     if name == "openai_adam":
-        optimizer = (GuardedOpenAIAdam if guarded else OpenAIAdam)(groups, **settings)
-        line = "openai_adam (decay scaled by the bias correction)"
+        cls, more, line = OpenAIAdam, {}, "openai_adam (decay scaled by the bias correction)"
     elif name == "apex":
-        cls = apex_fused_adam()
-        if cls is None:
-            raise ConfigError(
-                "--optimizer apex needs NVIDIA apex built with its CUDA extensions (modules apex.optimizers and "
-                "amp_C); the package called apex on PyPI is another one. Use --optimizer adamw"
-            )
-        return cls(groups, adam_w_mode=True, **settings), "apex FusedAdam"
-    elif name == "adamw":
-        cls = None if guarded else compiled()
-        if isinstance(cls, type):
-            return cls(groups, **settings), f"DeepSpeed {cls.__name__}"
-        optimizer = (GuardedAdamW if guarded else torch.optim.AdamW)(groups, fused=True, **settings)
-        line = "torch AdamW, fused" + (f" (no DeepSpeed Adam: {cls})" if cls else "")
+        cls, more, line = apex_fused_adam(), {"adam_w_mode": True}, "apex FusedAdam"
     else:
-        raise ConfigError(
-            f"--optimizer {name} is unknown{nearest(name, OPTIMIZERS)}; choose one of {', '.join(OPTIMIZERS)}"
-        )
+        cls, more, line = _adamw("unsharded fp32 does without" if guarded else compiled())
+    if guarded:
+        cls = behind_guard(cls)
+    optimizer = cls(groups, betas=betas, eps=eps, **more)
     if guarded:
         optimizer.clip = clip
     return optimizer, line
+
+
+def check_available(name: str) -> None:
+    """Raise ConfigError for an optimiser that is unknown or not installed."""
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            f"--optimizer {name} is unknown{nearest(name, OPTIMIZERS)}; choose one of {', '.join(OPTIMIZERS)}"
+        )
+    if name == "apex" and apex_fused_adam() is None:
+        raise ConfigError(
+            "--optimizer apex needs NVIDIA apex built with its CUDA extensions (modules apex.optimizers and "
+            "amp_C); the package called apex on PyPI is another one. Use --optimizer adamw"
+        )
+
+
+def _adamw(compiled: type | str) -> tuple[type, dict, str]:
+    if isinstance(compiled, str):
+        return torch.optim.AdamW, {"fused": True}, f"torch AdamW, fused (no DeepSpeed Adam: {compiled})"
+    return compiled, {}, f"DeepSpeed {compiled.__name__}"

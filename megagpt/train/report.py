@@ -111,7 +111,7 @@ def summarize(records: list[dict]) -> dict:
         "tokens": last["tokens"],
         "train_loss": last["loss"],
         "skipped_steps": last["skipped_steps"],
-        "training_seconds": _training_seconds(train),
+        "all_starts_step_seconds": _step_seconds(train),
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
         "step_ms": statistics.median(r["step_ms"] for r in train),
         "memory_gb": max(r["memory_gb"] for r in train),
@@ -120,7 +120,7 @@ def summarize(records: list[dict]) -> dict:
     }
 
 
-def _training_seconds(train: list[dict]) -> float:
+def _step_seconds(train: list[dict]) -> float:
     """The time spent in steps over all starts of the run, without evaluations and saves."""
     steps = [r["step"] for r in train]
     taken = [after - before for before, after in zip([0, *steps], steps, strict=False)]

@@ -82,8 +82,8 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         if state.step == 0:
             loop.run_evaluation()
         loop.run()
-        summary = {"seconds": time.time() - begun, "checkpoint": str(plan.root / manifest.tag_name(state.step))}
-        log.finish(summary)
+        checkpoint_folder = plan.root / manifest.tag_name(state.step)
+        log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
 
 
 def _open_log(plan: Plan, engine, start_step: int, world: dist.World) -> RunLog:
