@@ -61,6 +61,16 @@ def test_the_curves_of_a_resumed_run_do_not_overlap(tmp_path):
     assert curves["valid/books/ppl"] == [2, 4, 6]
 
 
+def test_a_damaged_event_ends_what_is_kept_and_not_the_run(tmp_path):
+    run_ranks(_log_with_deepspeeds_monitor, 1, tmp_path, 0, range(1, 4))
+    (events,) = (tmp_path / "tb").glob("events.*")
+    data = bytearray(events.read_bytes())
+    data[-40:-20] = b"\xff" * 20
+    events.write_bytes(data)
+    run_ranks(_log_with_deepspeeds_monitor, 1, tmp_path, 3, [4])
+    assert scalars(tmp_path)["train/loss"] == [1, 2, 3, 4]
+
+
 def test_a_monitor_that_fails_is_switched_off_and_training_goes_on(tmp_path, capsys):
     class Broken:
         def write_events(self, events):

@@ -284,6 +284,33 @@ def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, sta
         torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
 
 
+def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):
+    run = tmp_path / "run"
+    assert resume(run, ranks=1, stage=0, max_steps=2, precision="bf16")[0] == 0
+    weights, _ = checkpoint.read_weights(run)
+    saved = torch.load(folder(run, 2) / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert weights.keys() == saved.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.bfloat16(), saved[name]), name
+    assert not torch.equal(weights["wte.weight"], saved["wte.weight"].float())
+
+
+def test_weights_do_not_start_a_run_on_text_of_another_tokenizer(run_dir, tmp_path):
+    """Sizes of vocabularies agree more often than their tokens."""
+    write_bytes_corpus(tmp_path / "other", [b"some other text " * 50], tokenizer_sha256="1" * 64)
+    code, output = resume(tmp_path / "new", init_from=run_dir, data=tmp_path / "other", ranks=1)
+    assert code == 2
+    assert f"other was made with another tokenizer than the text that {run_dir} was trained on" in output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_may_go_on_with_other_blocks_recomputed(run_dir):
+    code, output = resume(run_dir, activation_checkpointing=1)
+    assert code == 0, output
+    assert "step 4 of 6" in output
+
+
 def test_init_from_refuses_another_shape_and_an_empty_folder(run_dir, tmp_path):
     code, output = resume(tmp_path / "new", "--init_from", run_dir, ranks=1, n_layer=2)
     assert code == 2

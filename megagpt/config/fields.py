@@ -67,7 +67,7 @@ class TrainSettings:
     # what happens when
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 0  # steps between evaluations; 0 only at the end
-    eval_steps: int | None = None  # batches of an evaluation; the whole validation set by default
+    eval_steps: int | None = None  # global batches of an evaluation; the whole validation set by default
     save_interval: int = 0  # steps between checkpoints; 0 only at the end
     keep_last: int = 3  # checkpoints kept beside the best one
     seed: int = 1234  # of initialisation, data order and dropout

@@ -6,14 +6,11 @@ killed anywhere in between leaves the older checkpoints as they were.
 """
 
 import contextlib
-import hashlib
 import io
 import json
-import os
 import pickle
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,8 +22,7 @@ from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.model.gpt import decays
 from megagpt.train import manifest
-
-_HASH_APART = 1 << 20  # bytes from which hashing in a second thread beside the write pays
+from megagpt.train.writer import Writer
 
 
 @dataclass
@@ -40,96 +36,6 @@ class TrainState:
     best_step: int | None = None
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
-
-
-class HashingFile:
-    """A write-only file that hashes what passes through and remembers the first error of the disk.
-
-    torch.save reports a full disk as a broken archive; the error kept here says what it was.
-    """
-
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed by close()
-        self._pool = pool
-        self._digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        hashing = self._pool.submit(self._digest.update, view) if len(view) >= _HASH_APART else None
-        try:
-            written = 0
-            while written < len(view):
-                written += self._file.write(view[written:])
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        finally:
-            # The memory is the caller's again when this call returns.
-            if hashing is not None:
-                hashing.result()
-        if hashing is None:
-            self._digest.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def close(self) -> str:
-        """Force the file to disk; its SHA-256 in hex."""
-        try:
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        return self._digest.hexdigest()
-
-
-class Writer:
-    """Stands in for the save function of DeepSpeed's checkpoint engine: writes, hashes and syncs in one pass.
-
-    A failure is kept and not raised, for the other ranks wait in DeepSpeed's barrier; :meth:`raise_error` comes later.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: list[manifest.FileEntry] = []
-        self.error: Exception | None = None
-
-    def save(self, state_dict, path) -> None:
-        if self.error is not None:
-            return
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            file = None
-            try:
-                file = HashingFile(Path(path), pool)
-                # The manifest's SHA-256 says more than the archive's CRC-32, which torch does not check on reading.
-                checked = torch.serialization.get_crc32_options()
-                torch.serialization.set_crc32_options(False)
-                try:
-                    torch.save(state_dict, file)
-                finally:
-                    torch.serialization.set_crc32_options(checked)
-                digest = file.close()
-                self.entries.append(manifest.FileEntry(str(Path(path).relative_to(self.folder)), file.size, digest))
-            except (OSError, RuntimeError) as error:
-                self.error = (file.error if file is not None else None) or error
-                if file is not None:
-                    file._file.close()
-
-    def add_existing(self, pattern: str) -> None:
-        """Hash files that something else wrote (states offloaded to NVMe are copied by DeepSpeed itself)."""
-        for path in sorted(self.folder.glob(pattern)):
-            if path.is_file():
-                manifest.fsync(path)
-                self.entries.append(manifest.hash_file(self.folder, str(path.relative_to(self.folder))))
-
-    def raise_error(self) -> None:
-        if isinstance(self.error, OSError):
-            raise StorageError(f"cannot write the checkpoint {self.folder}: {self.error.strerror or self.error}")
-        if self.error is not None:
-            raise StorageError(f"cannot write the checkpoint {self.folder}: {self.error}")
 
 
 def rng_state() -> dict:
@@ -250,14 +156,13 @@ def problem(folder: Path) -> str | None:
     return next((reason for reason in found if reason), None)
 
 
-def load(engine, folder: Path, config: ResolvedConfig) -> TrainState:
-    """Load weights, optimiser, loss scaler and random states of an intact checkpoint into ``engine``; its state."""
+def check_layout(folder: Path, config: ResolvedConfig) -> None:
+    """Raise ConfigError where a checkpoint was cut in another way than this run cuts its own."""
     header = manifest.read(folder)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     differing = [
         f"{what} {found} in the checkpoint and {wanted} now"
         for what, found, wanted in (
-            ("number of ranks", header["world_size"], world_size),
+            ("number of ranks", header["world_size"], config.world_size),
             ("ZeRO stage", header["zero_stage"], config.zero_stage),
             ("precision", header["precision"], config.precision),
         )
@@ -268,6 +173,10 @@ def load(engine, folder: Path, config: ResolvedConfig) -> TrainState:
             f"cannot resume {folder}: {', '.join(differing)}; use the settings it was saved with, or start a new run "
             f"from its weights with --init_from {folder} --run_dir <new folder>"
         )
+
+
+def load(engine, folder: Path) -> TrainState:
+    """Load weights, optimiser, loss scaler and random states of an intact checkpoint into ``engine``; its state."""
     state = read_state(folder)
     allow_checkpoint_classes()
     try:
@@ -276,7 +185,7 @@ def load(engine, folder: Path, config: ResolvedConfig) -> TrainState:
         raise _foreign(folder, error) from None
     if loaded is None:
         raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
-    set_rng_state(torch.load(folder / _rng_name(rank), weights_only=True))
+    set_rng_state(torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True))
     return state
 
 
@@ -354,4 +263,4 @@ def _with_masters(weights: dict[str, torch.Tensor], optimizer: dict) -> dict[str
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with manifest.open_safetensors(path, framework="pt") as file:
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
-    return weights, manifest.read_model_settings(path)
+    return weights, manifest.read_source(path).model

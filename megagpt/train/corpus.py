@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megagpt.data.indexed import IndexedDataset
-from megagpt.data.windows import Blend, Windows
+from megagpt.data.windows import Blend, EvalWindows, Windows
 from megagpt.errors import DataError
 
 _WARN_EPOCHS = 1.5  # passes over one corpus of a blend from which on the user is told
@@ -15,7 +15,7 @@ class Corpora:
 
     train: Blend | Windows
     parts: list[IndexedDataset]
-    valid: dict[str, IndexedDataset]
+    valid: dict[str, EvalWindows]
     order: dict  # sampler, seed and weights
 
     @property
@@ -23,24 +23,38 @@ class Corpora:
         """What a checkpoint records, so that a resumed run is known to read the same samples in the same order."""
         return {
             "train": [part.identity() for part in self.parts],
-            "tokenizer_sha256": _tokenizer(self.parts[0]),
+            "tokenizer_sha256": self.tokenizer_sha256,
             **self.order,
         }
 
     @property
     def vocab_size(self) -> int | None:
-        """The vocabulary of the training corpus, or None where it has no sidecar to say."""
-        return self.parts[0].info.vocab_size if self.parts[0].info else None
+        """The vocabulary of the training corpora, or None where none has a sidecar to say."""
+        return next((part.info.vocab_size for part in self.parts if part.info), None)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the training corpora's tokenizer, or None where none has a sidecar to say."""
+        return next((part.info.tokenizer_sha256 for part in self.parts if part.info), None)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError where a corpus holds ids that a model of ``vocab_size`` rows has no row for."""
-        for dataset in [*self.parts, *self.valid.values()]:
+        for dataset in [*self.parts, *(windows.dataset for windows in self.valid.values())]:
             needed = max(dataset.info.vocab_size, dataset.info.max_id + 1) if dataset.info else dataset.max_id() + 1
             if needed > vocab_size:
                 raise DataError(
                     f"{dataset.prefix} needs a vocabulary of {needed:,} and the model has {vocab_size:,}; "
                     f"use --vocab_size {needed} or prepare the corpus with the model's tokenizer"
                 )
+
+    def check_tokenizer(self, sha256: str | None, weights: str) -> None:
+        """Raise DataError where ``weights`` were trained on text of another tokenizer, the one with this SHA-256."""
+        ours = self.tokenizer_sha256
+        if sha256 and ours and sha256 != ours:
+            raise DataError(
+                f"{self.parts[0].prefix} was made with another tokenizer than the text that {weights} was trained on "
+                f"(SHA-256 {ours[:12]}... and {sha256[:12]}...); prepare it with that run's tokenizer.json"
+            )
 
 
 def open_corpora(
@@ -51,8 +65,8 @@ def open_corpora(
     Raises DataError.
     """
     parts = [IndexedDataset(prefix) for _, prefix in blend]
-    valid_sets = {name: IndexedDataset(prefix) for name, prefix in valid.items()}
-    _check_one_tokenizer([*parts, *valid_sets.values()])
+    valid_sets = {name: EvalWindows(IndexedDataset(prefix), seq_len) for name, prefix in valid.items()}
+    _check_one_tokenizer([*parts, *(windows.dataset for windows in valid_sets.values())])
     windows = [Windows(part, seq_len, sampler=sampler, seed=seed) for part in parts]
     train = (
         windows[0]
@@ -63,17 +77,13 @@ def open_corpora(
     return Corpora(train, parts, valid_sets, order)
 
 
-def _tokenizer(dataset: IndexedDataset) -> str | None:
-    return dataset.info.tokenizer_sha256 if dataset.info else None
-
-
 def _check_one_tokenizer(datasets: list[IndexedDataset]) -> None:
-    first = datasets[0]
-    for other in datasets[1:]:
-        if _tokenizer(first) and _tokenizer(other) and _tokenizer(first) != _tokenizer(other):
+    first, *others = [dataset for dataset in datasets if dataset.info] or [None]
+    for other in others:
+        if other.info.tokenizer_sha256 != first.info.tokenizer_sha256:
             raise DataError(
                 f"{other.prefix} was made with another tokenizer than {first.prefix} (SHA-256 "
-                f"{_tokenizer(other)[:12]}... and {_tokenizer(first)[:12]}...); prepare it with "
+                f"{other.info.tokenizer_sha256[:12]}... and {first.info.tokenizer_sha256[:12]}...); prepare it with "
                 f"--tokenizer {first.prefix}.tokenizer.json"
             )
 

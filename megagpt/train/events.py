@@ -21,7 +21,8 @@ def truncate(folder: Path, last_step: int) -> None:
 
 
 def _end_of(path: Path, last_step: int) -> int:
-    """The offset of the first record of a later step, of a torn record, or of the file's end."""
+    """The offset of the first record of a later step, of a torn or damaged record, or of the file's end."""
+    from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
     with open(path, "rb") as file:
@@ -34,7 +35,10 @@ def _end_of(path: Path, last_step: int) -> int:
             body = file.read(length)
             if len(body) < length or len(file.read(4)) < 4:
                 return start
-            event = Event.FromString(body)
+            try:
+                event = Event.FromString(body)
+            except DecodeError:
+                return start
             steps = any(not value.tag.startswith(_SAMPLES) for value in event.summary.value)
             if steps and event.step > last_step:
                 return start

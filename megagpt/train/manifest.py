@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megagpt.errors import CheckpointError
 
@@ -59,17 +60,26 @@ def nothing_there(path: Path) -> CheckpointError:
     )
 
 
-def read_model_settings(path: Path) -> dict:
-    """The settings of the model whose weights ``path`` holds: a run folder, a checkpoint or a .safetensors file.
+class Source(NamedTuple):
+    """What weights on disk are of."""
+
+    model: dict  # the settings of their model
+    tokenizer_sha256: str | None  # of the text they were trained on, None where that is not known
+
+
+def read_source(path: Path) -> Source:
+    """What the weights of ``path`` are of: a run folder, a checkpoint or a .safetensors file.
 
     Only small files are read. Raises CheckpointError when there are none.
     """
     if path.suffix == ".safetensors":
         with open_safetensors(path, framework="np") as file:
-            return json.loads((file.metadata() or {}).get("config", "{}"))
+            about = file.metadata() or {}
+            return Source(json.loads(about.get("config", "{}")), about.get("tokenizer_sha256"))
     for folder in [path] if step_of(path) is not None else folders(root_of(path)):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((folder / STATE).read_text(encoding="utf-8"))["model"]
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            return Source(state["model"], state["data"].get("tokenizer_sha256"))
     raise nothing_there(path)
 
 

@@ -9,7 +9,7 @@ from megagpt.config import deepspeed as ds
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.config.fields import TrainSettings
 from megagpt.config.presets import model_preset, training_preset
-from megagpt.errors import ConfigError
+from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.config import GPTConfig
 from megagpt.train import manifest
 from megagpt.train.corpus import Corpora, open_corpora
@@ -32,6 +32,10 @@ class Plan:
     schedule: Schedule
     optimiser: dict  # name, lr, betas, eps, weight_decay
     init_weights: Path | None  # checkpoint folder or .safetensors file that the weights come from
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model or (f"of {self.init_weights}" if self.init_weights else _DEFAULT_MODEL)
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +63,7 @@ class Plan:
                 "global_batch": self.config.global_batch,
             },
             "data": self.corpora.identity,
-            "valid": {name: str(dataset.prefix) for name, dataset in self.corpora.valid.items()},
+            "valid": {name: str(windows.dataset.prefix) for name, windows in self.corpora.valid.items()},
             "ds_config": self.config.config,
         }
 
@@ -69,8 +73,10 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
 
     Raises ConfigError, DataError or, for weights to start from that cannot be used, CheckpointError.
     """
-    source = _source_model(settings)
-    shape = _shape(settings, source)
+    if settings.resume not in ("auto", "never"):
+        manifest.read_source(Path(settings.resume))  # the path is looked at before anything is written
+    source = _source(settings)
+    shape = _shape(settings, source.model if source else None)
     preset = training_preset(settings.model or _DEFAULT_MODEL)
     config = ds.resolve(
         raw,
@@ -91,6 +97,8 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
         shape["vocab_size"] = corpora.vocab_size
     model = GPTConfig(**shape)
     corpora.check_vocabulary(model.vocab_size)
+    if source is not None:
+        corpora.check_tokenizer(source.tokenizer_sha256, settings.init_from)
     optimiser = _optimiser(settings, config, preset)
     total = total_steps(settings, corpora, config.global_batch, model.seq_len)
     return Plan(
@@ -104,11 +112,16 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
     )
 
 
-def _source_model(settings: TrainSettings) -> dict | None:
-    """The shape of the model that --init_from names."""
+def _source(settings: TrainSettings) -> manifest.Source | None:
+    """What the weights of --init_from are of."""
     if settings.init_from is None:
         return None
-    return manifest.read_model_settings(Path(settings.init_from))
+    source = manifest.read_source(Path(settings.init_from))
+    try:
+        GPTConfig.from_dict(source.model)
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.init_from} does not say which model its weights are of: {error}") from None
+    return source
 
 
 def _shape(settings: TrainSettings, source: dict | None) -> dict:

@@ -12,12 +12,11 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
-from megagpt.data.windows import EvalWindows
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
-from megagpt.ops import load_ops
-from megagpt.train import checkpoint, hardware, manifest, optim, report
+from megagpt.ops import Ops, load_ops
+from megagpt.train import checkpoint, hardware, manifest, optim, report, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import blend_lines
@@ -30,27 +29,36 @@ def train(plan: Plan, world: dist.World) -> None:
     """Run to the end; raises a MegaGPTError for whatever the user can mend."""
     begun = time.time()
     device = deepspeed_engine.device_of(world)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    ds.check_hardware(plan.config, device.type, capability)
-    deepspeed_engine.check_async_io(plan.config)
+    _check_machine(plan, device)
     dist.export(world)
     deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
     with _lock(plan.run_dir):
+        needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
+        dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
         _train(plan, world, device, begun)
     # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
     deepspeed_engine.stop_distributed()
 
 
+def _check_machine(plan: Plan, device: torch.device) -> None:
+    """Raise ConfigError for what this machine does not offer, before anything is written."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    ds.check_hardware(plan.config, device.type, capability)
+    deepspeed_engine.check_async_io(plan.config)
+    optim.check_available(plan.optimiser["optimizer"])
+    _load_ops(plan, device)
+
+
+def _load_ops(plan: Plan, device: torch.device) -> Ops:
+    dtype = deepspeed_engine.DTYPES[plan.config.precision]
+    return load_ops(plan.settings.kernels, head_width=plan.model.head_width, dtype=dtype, device=device)
+
+
 def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
     settings, config = plan.settings, plan.config
-    source, notes = _checkpoint_to_resume(plan)
+    source, notes = resume.checkpoint_to_resume(plan)
     _seed(settings.seed)
-    ops = load_ops(
-        settings.kernels,
-        head_width=plan.model.head_width,
-        dtype=deepspeed_engine.DTYPES[config.precision],
-        device=device,
-    )
+    ops = _load_ops(plan, device)
     with device, deepspeed_engine.sharded_construction(config):
         model = GPT(plan.model, ops)
     if source is None and plan.init_weights is not None:
@@ -61,13 +69,13 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
     engine = deepspeed_engine.build_engine(model, optimizer, config)
     state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.corpora.identity)
     if source is not None:
-        state = _resume(engine, source, plan, state)
+        state = resume.load(engine, source, plan)
 
     batch = BatchPlan(config.micro_batch, config.accumulation, world.world_size, world.rank)
     with dist.everywhere(lambda: _open_log(plan, engine, state.step, world)) as log:
         for line in [
             *notes,
-            f"model {settings.model or 'gpt1'}: {plan.model.n_params():,} parameters",
+            f"model {plan.model_name}: {plan.model.n_params():,} parameters",
             f"kernels {ops.name}: {ops.reason}",
             f"optimizer: {optimizer_line}",
             f"ZeRO stage {config.zero_stage}, {config.precision}, {world.world_size} "
@@ -141,9 +149,8 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
 
 def _evaluator(engine, plan: Plan, batch: BatchPlan, device: torch.device):
     """A function that measures every validation set with dropout off, and leaves the model in training mode."""
-    sets = {name: EvalWindows(dataset, plan.model.seq_len) for name, dataset in plan.corpora.valid.items()}
     steps = plan.settings.eval_steps
-    limit = None if steps is None else steps * batch.micro_batch * batch.world_size
+    limit = None if steps is None else steps * batch.global_batch
 
     def evaluate() -> dict[str, dict]:
         engine.eval()
@@ -157,7 +164,7 @@ def _evaluator(engine, plan: Plan, batch: BatchPlan, device: torch.device):
                 max_windows=limit,
                 device=device,
             )
-            for name, windows in sets.items()
+            for name, windows in plan.corpora.valid.items()
         }
         engine.train()
         return results
@@ -180,70 +187,6 @@ def _build_optimizer(model, plan: Plan, device: torch.device):
         clip=config.gradient_clipping,
         compiled=lambda: deepspeed_engine.adam_class(device, offloaded),
     )
-
-
-# resuming -------------------------------------------------------------------------------------------------------
-
-
-def _checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, if any, and what the user should know about those passed over."""
-    wanted = plan.settings.resume
-    if wanted == "never":
-        found = manifest.folders(plan.root)
-        if found:
-            raise ConfigError(
-                f"{plan.run_dir} already holds checkpoints (newest {found[0].name}) and --resume is never; "
-                "choose another --run_dir, or --resume auto to continue"
-            )
-        return None, []
-    if wanted == "auto":
-        return manifest.newest_intact(plan.root, checkpoint.problem)
-    source, notes = manifest.locate(Path(wanted), checkpoint.problem)
-    _refuse_two_histories(plan, source, notes)
-    return source, notes
-
-
-def _refuse_two_histories(plan: Plan, source: Path, notes: list[str]) -> None:
-    """Raise ConfigError where the run folder has checkpoints that a run from ``source`` on would not lead to.
-
-    The next start could not tell which of the two to go on from.
-    """
-    own = source.parent.resolve() == plan.root.resolve()
-    if own and notes:
-        return  # what is newer is damaged
-    others = [f for f in manifest.folders(plan.root) if not own or manifest.step_of(f) > manifest.step_of(source)]
-    if others:
-        raise ConfigError(
-            f"--resume {plan.settings.resume} goes on from step {manifest.step_of(source)} and {plan.run_dir} already "
-            f"holds {others[0].name}; choose another --run_dir, move the newer checkpoints away, or use --resume auto"
-        )
-
-
-def _resume(engine, source: Path, plan: Plan, fresh: checkpoint.TrainState) -> checkpoint.TrainState:
-    """Load ``source`` into ``engine`` after making sure that it is of this model and this data."""
-    saved = checkpoint.read_state(source)
-    for what, found, wanted in (
-        ("model", saved.model, fresh.model),
-        ("data", saved.data, fresh.data),
-    ):
-        differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-        if differing:
-            details = ", ".join(f"{key} {found.get(key)} there and {wanted.get(key)} now" for key in differing)
-            raise ConfigError(
-                f"{source} is of another {what}: {details[:600]}; use the settings it was trained with, another "
-                "--run_dir, or --init_from to start a new run from its weights"
-            )
-    state = checkpoint.load(engine, source, plan.config)
-    if state.step > plan.total_steps:
-        raise ConfigError(
-            f"{source} is at step {state.step} and the run ends at {plan.total_steps}; raise --max_steps to go on"
-        )
-    # The file holds the settings of its time; today's flags count.
-    for group in engine.optimizer.param_groups:
-        group["betas"], group["eps"] = plan.optimiser["betas"], plan.optimiser["eps"]
-        if group["name"] == "decay":
-            group["weight_decay"] = plan.optimiser["weight_decay"]
-    return state
 
 
 def _load_weights(model: GPT, plan: Plan) -> None:

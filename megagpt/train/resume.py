@@ -1,0 +1,86 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from pathlib import Path
+
+from megagpt.errors import ConfigError
+from megagpt.train import checkpoint, manifest
+from megagpt.train.plan import Plan
+
+_ARRANGEMENT = {"activation_checkpointing"}  # of the computation: any value gives the same model
+
+
+def checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and what the user should know about those passed over.
+
+    Raises ConfigError where there is one that this run cannot go on from, CheckpointError where none is usable.
+    """
+    wanted = plan.settings.resume
+    if wanted == "never":
+        _refuse_any(plan)
+        return None, []
+    if wanted == "auto":
+        source, notes = manifest.newest_intact(plan.root, checkpoint.problem)
+    else:
+        source, notes = manifest.locate(Path(wanted), checkpoint.problem)
+        _refuse_two_histories(plan, source, notes)
+    if source is not None:
+        _check_same_run(plan, source)
+        checkpoint.check_layout(source, plan.config)
+    return source, notes
+
+
+def load(engine, source: Path, plan: Plan) -> checkpoint.TrainState:
+    """Load ``source`` into ``engine``. The file holds the settings of its time; today's flags count."""
+    state = checkpoint.load(engine, source)
+    state.model = plan.model.to_dict()
+    for group in engine.optimizer.param_groups:
+        group["betas"], group["eps"] = plan.optimiser["betas"], plan.optimiser["eps"]
+        if group["name"] == "decay":
+            group["weight_decay"] = plan.optimiser["weight_decay"]
+    return state
+
+
+def _refuse_any(plan: Plan) -> None:
+    found = manifest.folders(plan.root)
+    if found:
+        raise ConfigError(
+            f"{plan.run_dir} already holds checkpoints (newest {found[0].name}) and --resume is never; "
+            "choose another --run_dir, or --resume auto to continue"
+        )
+
+
+def _refuse_two_histories(plan: Plan, source: Path, notes: list[str]) -> None:
+    """Raise ConfigError where the run folder has checkpoints that a run from ``source`` on would not lead to.
+
+    The next start could not tell which of the two to go on from.
+    """
+    own = source.parent.resolve() == plan.root.resolve()
+    if own and notes:
+        return  # what is newer is damaged
+    others = [f for f in manifest.folders(plan.root) if not own or manifest.step_of(f) > manifest.step_of(source)]
+    if others:
+        raise ConfigError(
+            f"--resume {plan.settings.resume} goes on from step {manifest.step_of(source)} and {plan.run_dir} already "
+            f"holds {others[0].name}; choose another --run_dir, move the newer checkpoints away, or use --resume auto"
+        )
+
+
+def _check_same_run(plan: Plan, source: Path) -> None:
+    """Raise ConfigError where ``source`` is of another model, other data or a later step than this run has."""
+    saved = checkpoint.read_state(source)
+    for what, found, wanted in (
+        ("model", saved.model, plan.model.to_dict()),
+        ("data", saved.data, plan.corpora.identity),
+    ):
+        keys = sorted({*found, *wanted} - _ARRANGEMENT)
+        differing = [key for key in keys if found.get(key) != wanted.get(key)]
+        if differing:
+            details = ", ".join(f"{key} {found.get(key)} there and {wanted.get(key)} now" for key in differing)
+            raise ConfigError(
+                f"{source} is of another {what}: {details[:600]}; use the settings it was trained with, another "
+                "--run_dir, or --init_from to start a new run from its weights"
+            )
+    if saved.step > plan.total_steps:
+        raise ConfigError(
+            f"{source} is at step {saved.step} and the run ends at {plan.total_steps}; raise --max_steps to go on"
+        )
