@@ -1,7 +1,7 @@
 """The operations of ``torch_ops`` in forms that are faster on a CPU; same signatures, same results to rounding.
 
-Two facts decide here. A CPU without bfloat16 arithmetic emulates 16-bit products at a third of float32's rate: products
-are then computed in float32 from 16-bit tensors. And random bits are slow, so dropout reads its masks from a pool.
+Two facts decide here. A CPU without 16-bit arithmetic emulates it: products are then computed in float32 from 16-bit
+tensors. And random bits are slow, so dropout reads its masks from a pool.
 """
 
 from functools import partial
@@ -9,9 +9,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.ops import torch_ops
 from megagpt.ops.masks import PooledMasks, row_blocks
+from megagpt.ops.precision import product_dtype
 from megagpt.ops.torch_ops import layer_norm, linear_cross_entropy
 
 __all__ = [
@@ -31,15 +33,6 @@ def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device) -> str
     return None if device.type == "cpu" else f"its forms are for a CPU, and the model is on {device.type}"
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions that multiply numbers of this type."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    return True
-
-
 class _WideLinear(torch.autograd.Function):
     """A projection of 16-bit tensors whose three products are computed in float32."""
 
@@ -50,17 +43,18 @@ class _WideLinear(torch.autograd.Function):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dy2 = dy.float().flatten(0, -2)
-        dx = (dy2 @ weight.float()).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = (dy2.mT @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dw, dy2.sum(0).to(weight.dtype) if ctx.has_bias else None
+        rows, dy = (t.float().reshape(-1, t.shape[-1]) for t in (x, dy))
+        dx = (dy @ weight.float()).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = (dy.mT @ rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0).to(weight.dtype) if ctx.has_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch_ops.linear``."""
-    if multiplies(x.dtype):
+    if product_dtype(x) == x.dtype:
         return F.linear(x, weight, bias)
     return _WideLinear.apply(x, weight, bias)
 
@@ -71,7 +65,7 @@ add_layer_norm = partial(torch_ops.add_layer_norm, masks=PooledMasks)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, **options) -> Tensor:
     """``torch_ops.attention``."""
-    if dropout_p or multiplies(q.dtype):
+    if dropout_p or product_dtype(q) == q.dtype:
         return torch_ops.attention(q, k, v, dropout_p=dropout_p, masks=PooledMasks, **options)
     return torch_ops.attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
 
@@ -91,8 +85,9 @@ class _BiasGelu(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         y, slope = torch.empty_like(flat), torch.empty_like(flat)
         blocks = row_blocks(*flat.shape, _BLOCK)
-        buffers = torch.empty(3, *flat[blocks[0]].shape)
-        constant = torch.full(bias.shape, _SLOPE)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        buffers = torch.empty(3, *flat[blocks[0]].shape, dtype=wide)
+        constant = torch.full(bias.shape, _SLOPE, dtype=wide)
         for rows in blocks:
             u, z, s = buffers[:, : rows.stop - rows.start]
             torch.add(flat[rows], bias, out=u)
@@ -106,10 +101,11 @@ class _BiasGelu(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (slope,) = ctx.saved_tensors
         dx = dy * slope.view(dy.shape)
-        return dx, dx.flatten(0, -2).sum(0)
+        return dx, dx.reshape(-1, dx.shape[-1]).sum(0)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

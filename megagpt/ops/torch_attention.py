@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.ops.masks import HashedMasks
 
@@ -36,6 +37,8 @@ def attention(
     ``scale`` is 1/sqrt(K) unless given. ``masks`` gives the dropout masks of B * H matrices of Tq x Tkv elements.
     """
     Tq, Tkv = q.shape[-2], k.shape[-2]
+    if Tq > Tkv and (causal or cu_seqlens is not None):
+        raise ValueError(f"{Tq} queries cannot be the last of {Tkv} positions")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p:
         return _BlockedAttention.apply(q, k, v, seed, cu_seqlens, _Setting(causal, dropout_p, scale, masks))
@@ -132,6 +135,7 @@ class _BlockedAttention(torch.autograd.Function):
         return _like_projection(out, ctx.shape, ctx.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, seed, cu_seqlens, *kept = ctx.saved_tensors
         setting, kept = ctx.setting, iter(kept)

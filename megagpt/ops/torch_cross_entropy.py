@@ -7,12 +7,14 @@ multiplies by the gradient that arrives.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.errors import DataError
+from megagpt.ops.precision import product_dtype
 
-# Logits at once: on a CPU what caches hold, on a GPU 256 MiB in float32.
-_CHUNK = {"cpu": 1 << 21}
-_CHUNK_ELSEWHERE = 1 << 26
+# Logits at once: on a CPU what caches hold, but enough rows for a fast product; on a GPU 256 MiB in float32.
+_CPU_LOGITS, _CPU_ROWS = 1 << 21, 256
+_LOGITS = 1 << 26
 
 
 def linear_cross_entropy(
@@ -21,19 +23,21 @@ def linear_cross_entropy(
     """Mean over the targets that count of -log softmax(hidden weight^T)[target] + z_loss * log(sum exp)^2.
 
     hidden (N, D), weight (V, D), targets (N,) int64; a float32 scalar, 0 where every target is ``ignore_index``.
-    Raises DataError for a target outside of 0..V-1 (on a GPU: stops the device, as nothing waits for its answer).
+    Raises DataError for a target outside of 0..V-1 (on a GPU, which nothing waits for, the device stops instead).
     """
-    _check_targets(targets, weight.shape[0], ignore_index)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, z_loss)
+    ignored = targets == ignore_index
+    index = targets.masked_fill(ignored, 0)
+    _check(index, weight.shape[0])
+    return _LinearCrossEntropy.apply(hidden, weight, index, ~ignored, z_loss)
 
 
-def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
-    if targets.device.type != "cpu":
+def _check(index: Tensor, V: int) -> None:
+    wrong = (index < 0) | (index >= V)
+    if index.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"a target is outside of the vocabulary of {V}")
     elif wrong.any():
         raise DataError(
-            f"target {targets[wrong][0].item()} is outside of the model's vocabulary of {V}: "
+            f"target {index[wrong][0].item()} is outside of the model's vocabulary of {V}: "
             "use the tokenizer the model was made for, or a larger --vocab_size"
         )
 
@@ -42,43 +46,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are kept before the division by the number of targets: in float16 they would vanish after it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, z_loss):
-        V = weight.shape[0]
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        # 16-bit products are emulated on most CPUs, and slower than float32.
-        product = exact if hidden.device.type == "cpu" else hidden.dtype
+    def forward(ctx, hidden, weight, index, counted, z_loss):
+        exact, product = torch.promote_types(hidden.dtype, torch.float32), product_dtype(hidden)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_hidden = torch.empty_like(hidden, dtype=product) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-        counts = (targets != ignore_index).to(exact)
-        index = targets.masked_fill(targets == ignore_index, 0)
-        words = weight.to(product)
+        words, counts = weight.to(product), counted.to(exact)
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        step = max(1, _CHUNK.get(hidden.device.type, _CHUNK_ELSEWHERE) // V)
-        for begin in range(0, len(targets), step):
-            chunk = slice(begin, begin + step)
-            rows, count = hidden[chunk].to(product), counts[chunk]
+        for chunk in _chunks(len(hidden), len(weight), hidden.device.type):
+            rows = hidden[chunk].to(product)
             logits = (rows @ words.mT).to(exact)
             losses, d_logits = _losses(logits, index[chunk], z_loss, gradient=need_hidden or need_weight)
-            total += losses @ count
+            total += losses @ counts[chunk]
+            if d_logits is None:
+                continue
+            d_logits = d_logits.to(product)
             if need_hidden:
-                torch.mul(d_logits.to(product) @ words, count[:, None], out=d_hidden[chunk])
+                torch.mm(d_logits, words, out=d_hidden[chunk]).mul_(counted[chunk, None])
             if need_weight:
-                d_weight += d_logits.to(product).mT @ (rows * count[:, None]).to(product)
+                _add_product(d_weight, d_logits.mT, rows * counted[chunk, None])
         n = counts.sum().clamp(min=1)
         ctx.save_for_backward(d_hidden, d_weight, n)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss):
-        d_hidden, d_weight, n = ctx.saved_tensors
+        *grads, n = ctx.saved_tensors
         factor = d_loss / n
-        if d_hidden is not None:
-            d_hidden = d_hidden * factor
-        if d_weight is not None:
-            d_weight = (d_weight * factor).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        grads = (g if g is None else (g * factor).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *grads, None, None, None
+
+
+def _chunks(N: int, V: int, device_type: str) -> list[slice]:
+    step = max(_CPU_ROWS, _CPU_LOGITS // V) if device_type == "cpu" else max(1, _LOGITS // V)
+    return [slice(begin, begin + step) for begin in range(0, N, step)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, also where the products are in fewer bits than their sum."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _losses(logits: Tensor, index: Tensor, z_loss: float, *, gradient: bool) -> tuple[Tensor, Tensor | None]:

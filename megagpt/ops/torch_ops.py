@@ -8,6 +8,7 @@ again in a backward pass or a recomputed forward pass without any generator's st
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.ops.masks import HashedMasks, row_blocks
 from megagpt.ops.torch_attention import attention
@@ -55,6 +56,7 @@ class _DropoutAdd(torch.autograd.Function):
         return _multiply_add(x, masks, seed, p, residual)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         dx = _multiply_add(d_out, ctx.masks, *ctx.saved_tensors, ctx.p)
         return dx, d_out if ctx.has_residual else None, None, None, None
