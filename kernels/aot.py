@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
 from megagpt_kernels import masks
 from offline import SHARED_LIMIT, compile_launches
 

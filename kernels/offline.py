@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import triton
-from megagpt_kernels import runtime
 from triton.backends.compiler import GPUTarget
+
+from megagpt_kernels import runtime
 
 # Shared memory that one block may take, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability". Registers have a limit of 255 a thread on all of these.

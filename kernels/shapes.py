@@ -67,3 +67,8 @@ HEADS = (
     Head("1.3b", 16384, 2048, 50257),
     Head("6.7b", 8192, 4096, 50257),
 )
+
+# For machines without a GPU.
+SMALL_ATTENTION = (Attention("tiny", 2, 4, 64, 32), Attention("small", 2, 4, 256, 64))
+SMALL_ROWS = (Rows("tiny", 256, 128), Rows("small", 4096, 768))
+SMALL_HEADS = (Head("tiny", 128, 64, 501), Head("small", 1024, 256, 8192))
