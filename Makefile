@@ -3,17 +3,20 @@ TORCH ?= torch==2.13.0
 # Builds of torch for CUDA bring their own Triton; others get this one, for the tests of the kernels.
 TRITON ?= triton==3.6.0
 PYTHON ?= python3
+# where make gpu writes
+OUT ?= runs/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
 	@echo "make test         install and run the tests"
 	@echo "make lint         check style"
 	@echo "make bench        measure training and data preparation on this CPU"
+	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
 
 install: $(INSTALLED)
@@ -40,6 +43,12 @@ lint: install
 
 bench: install
 	$(BIN)/python kernels/benchmarks/cpu_data.py && $(BIN)/python kernels/benchmarks/cpu_train.py
+
+# A python that already has torch for its GPU will do; another one is named by PYTHON.
+gpu:
+	@if $(PYTHON) -c 'import pytest, torch, triton; assert torch.cuda.is_available()' 2>/dev/null; \
+	then PYTHON=$(PYTHON) OUT=$(OUT) kernels/gpu.sh; \
+	else $(MAKE) install && PYTHON=$(BIN)/python OUT=$(OUT) kernels/gpu.sh; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

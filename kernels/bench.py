@@ -8,9 +8,9 @@ Without a GPU the torch providers are timed on the CPU, at small shapes.
 """
 
 import argparse
-import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,9 +25,9 @@ import gpu_model  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_plots  # noqa: E402
 import gpu_rows  # noqa: E402
-from gpu_clock import Clock  # noqa: E402
+from gpu_clock import Clock, free  # noqa: E402
 from gpu_measure import measure, measure_ceilings  # noqa: E402
-from gpu_report import Report, describe, rows_table, smi, steps_table  # noqa: E402
+from gpu_report import Report, describe, rows_table, smi  # noqa: E402
 
 # What is measured, and its share of the time when there is a limit.
 PARTS = {
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in report.on.items()), flush=True)
     for part, deadline in _deadlines(args.parts, args.minutes):
         if part == "model":
-            steps = gpu_model.measure_models(clock, report, args.providers, deadline, quick=args.quick)
-            print(steps_table(steps), flush=True)
+            gpu_model.measure_models(clock, report, args.providers, deadline, quick=args.quick)
         else:
             makers = PARTS[part][0](device, args.providers, quick=args.quick)
             run(part, makers, clock, report, deadline, 1 if args.quick else ROUNDS)
@@ -61,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     report.clocks["after"] = smi("clocks.sm", "temperature.gpu")
     for path in _write(report, args, plots=True):
         print(f"wrote {path}")
-    return 0
+    for line in report.failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if report.failed else 0
 
 
 def run(part: str, makers: Iterable[Callable], clock: Clock, report: Report, deadline: float, rounds: int) -> None:
@@ -70,20 +71,16 @@ def run(part: str, makers: Iterable[Callable], clock: Clock, report: Report, dea
         if time.monotonic() > deadline:
             report.skipped.append(f"{part}: everything from its problem {i + 1} on")
             return
-        torch._dynamo.reset()  # what was compiled for another shape
-        problem = make()
-        rows = measure(problem, clock, report.ceilings, rounds)
+        try:
+            rows = measure(make(), clock, report.ceilings, rounds)
+        except Exception as error:  # the rest is still worth measuring
+            traceback.print_exc()
+            report.failed.append(f"{part}, its problem {i + 1}: {gpu_peers.first_line(error)}")
+            continue
         report.rows += rows
-        print(f"\n{problem.op}, {problem.shape}")
-        print(rows_table(row for row in rows if row["status"] == "timed"))
-        for row in rows:
-            if row["status"] != "timed":
-                print(f"{row['provider']}: {row['reason']}")
-        sys.stdout.flush()
-        del problem
-        gc.collect()
-        if clock.on_gpu:
-            torch.cuda.empty_cache()
+        print(f"\n{rows_table(row for row in rows if row['status'] == 'timed')}")
+        print("\n".join(f"{row['provider']}: {row['reason']}" for row in rows if row["status"] != "timed"), flush=True)
+        free(clock)
 
 
 def _deadlines(parts: list[str], minutes: float | None) -> Iterable[tuple[str, float]]:

@@ -1,5 +1,6 @@
 """Milliseconds and memory of work on a device: events on a GPU whose caches are cold, the wall clock on a CPU."""
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -77,3 +78,11 @@ class Clock:
             end.record()
         self.wait()
         return [begin.elapsed_time(end) for begin, end in events]
+
+
+def free(clock: Clock) -> None:
+    """Give back memory, and forget what was compiled for other shapes."""
+    torch._dynamo.reset()
+    gc.collect()
+    if clock.on_gpu:
+        torch.cuda.empty_cache()

@@ -74,6 +74,12 @@ def collect(makers: dict[str, Callable[[], Callable]], wanted: tuple[str, ...]) 
     return found, absent
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def always(call: Callable) -> Callable[[], Callable]:
     """The maker of a provider that is never absent."""
     return functools.partial(lambda it: it, call)

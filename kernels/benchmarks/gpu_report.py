@@ -55,6 +55,7 @@ class Report:
     ceilings: Ceilings
     rows: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)  # whole training steps
+    failed: list[str] = field(default_factory=list)  # what ended with an exception of this program's
     skipped: list[str] = field(default_factory=list)  # what there was no time for
     clocks: dict[str, str] = field(default_factory=dict)  # before and after
 
@@ -90,6 +91,8 @@ class Report:
         reasons = _reasons(self.rows)
         if reasons:
             parts += ["## Not timed", "\n".join(f"- {line}" for line in reasons)]
+        if self.failed:
+            parts += ["## Failed", "\n".join(f"- {line}" for line in self.failed)]
         if self.skipped:
             parts += ["## No time was left for", "\n".join(f"- {line}" for line in self.skipped)]
         return "\n\n".join(parts) + "\n"
