@@ -72,10 +72,12 @@ def test_a_number_out_of_range_names_its_flag(run, flag):
         generate_main(["--from", str(run), flag, "-1"])
 
 
-def test_a_run_that_is_not_there_is_one_clear_error(tmp_path, run):
-    tokenizer = run.with_name("tokenizer.json")
+@pytest.mark.parametrize("tokenizer", [True, False], ids=["with a tokenizer", "without"])
+def test_a_run_that_is_not_there_is_one_clear_error(tmp_path, run, tokenizer):
+    """Without a tokenizer it was missing the tokenizer's file in a folder that is missing."""
+    flags = ["--tokenizer", str(run.with_name("tokenizer.json"))] if tokenizer else []
     with pytest.raises(CheckpointError, match="nowhere"):
-        generate_main(["--from", str(tmp_path / "nowhere"), "--tokenizer", str(tokenizer), "--prompt", "x"])
+        generate_main(["--from", str(tmp_path / "nowhere"), "--prompt", "x", *flags])
 
 
 def test_a_run_without_a_tokenizer_says_what_to_give(tmp_path, run):

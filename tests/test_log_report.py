@@ -72,6 +72,20 @@ def test_the_summary_has_first_last_and_best_evaluation(tmp_path):
     assert books["last"] == {"step": 20, "loss": 7.0, "ppl": 99.0, "bits_per_byte": 2.0}
 
 
+def test_the_end_of_a_run_shows_what_it_came_to(tmp_path, capsys):
+    finished_run(tmp_path)
+    *_, outcome, where = capsys.readouterr().out.splitlines()
+    assert "loss 9.0000 at step 0, 7.0000 at step 20; bits per byte 2.0000 at step 0, 2.0000 at step 20" in outcome
+    assert f"finished: {tmp_path / 'summary.md'}" in where
+
+
+def test_an_evaluation_that_is_no_number_has_no_outcome(tmp_path):
+    with RunLog(tmp_path, total_steps=1, is_main=True) as log:
+        log.train(training_record(1))
+        log.valid("books", {"loss": float("nan"), "ppl": float("nan")}, 1)
+        assert log.finish({})["valid"] == {"books": {}}
+
+
 def test_the_summary_for_people_shows_the_loss_curve(tmp_path):
     finished_run(tmp_path)
     text = (tmp_path / "summary.md").read_text()

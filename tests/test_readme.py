@@ -5,12 +5,15 @@ import lzma
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+
+from megagpt.tools.quickstart import port_flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -172,6 +175,17 @@ def test_troubleshooting_quotes_messages_that_megagpt_really_has():
     for heading in headings:
         for fragment in (f.strip(": ") for f in heading.split("...") if f.strip(": ")):
             assert any(fragment in part for part in parts), f"no message has {fragment!r}"
+
+
+def test_the_quickstart_takes_another_port_where_the_usual_one_is_taken():
+    with socket.socket() as other_job:
+        other_job.bind(("127.0.0.1", 0))
+        other_job.listen()
+        taken = other_job.getsockname()[1]
+        flag, port = port_flag(taken).split()
+        assert flag == "--master_port"
+        assert int(port) != taken
+    assert port_flag(taken) == ""
 
 
 def test_the_quickstart_goes_from_text_to_a_sample(tmp_path):

@@ -165,7 +165,7 @@ def test_a_pickle_that_would_run_code_is_refused(run_dir, tmp_path):
     ("changes", "ranks", "words"),
     [
         ({"d_model": 64}, 2, "is of another model: d_ff 128 there and 256 now, d_model 32 there and 64 now"),
-        ({"seed": 5}, 2, "is of another data: seed 1234 there and 5 now"),
+        ({"seed": 5}, 2, "is of other data: seed 1234 there and 5 now"),
         ({}, 1, "number of ranks 2 in the checkpoint and 1 now"),
         ({"stage": 2}, 2, "ZeRO stage 1 in the checkpoint and 2 now"),
         ({"precision": "bf16"}, 2, "precision fp32 in the checkpoint and bf16 now"),
@@ -211,7 +211,7 @@ def test_other_data_under_the_same_name_is_refused(run_dir, tmp_path):
     write_bytes_corpus(tmp_path / "other", [b"another text altogether " * 100])
     code, output = resume(run_dir, data=tmp_path / "other")
     assert code == 2
-    assert "is of another data" in output
+    assert "is of other data" in output
 
 
 def test_the_best_checkpoint_survives_and_the_oldest_go(tmp_path):
@@ -348,3 +348,13 @@ def test_runs_killed_at_any_moment_resume_to_the_same_end(finished, tmp_path):
         return [{k: r[k] for k in keep} for r in records if "loss" in r]
 
     assert curve(run) == curve(finished)
+
+
+def test_weights_of_a_blend_count_relative_to_each_other(tmp_path):
+    run, prefix = tmp_path / "run", tiny_corpus()
+    flags = arguments(run, max_steps=1)
+    at = flags.index("--data")
+    for data, step in ((["0.7", prefix, "0.3", f"{prefix}-valid"], 0), (["7", prefix, "3", f"{prefix}-valid"], 1)):
+        codes, output = train([*flags[: at + 1], *data, *flags[at + 2 :]], 1)
+        assert codes == [0], output
+        assert f"step {step} of 1" in output

@@ -72,3 +72,20 @@ def test_losses_are_those_of_the_plain_loop(tmp_path, stage, ranks, micro, accum
     expected = reference_losses("post" if model == "gpt1" else "pre")
     assert losses == pytest.approx(expected, abs=1e-4)
     assert losses[-1] < losses[0] - 0.5, "the model has to learn for the comparison to mean anything"
+
+
+def test_an_evaluation_is_the_same_however_the_batch_is_cut(tmp_path):
+    """--eval_steps counted the batches of each rank: more ranks or less accumulation measured other text."""
+    losses = []
+    for ranks, micro, accumulation in ((1, 4, 1), (1, 1, 4), (2, 2, 1)):
+        config, run_dir = tmp_path / "ds.json", tmp_path / f"run{len(losses)}"
+        batch = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+        config.write_text(json.dumps(batch))
+        shape = [word for name, value in SHAPE.items() for word in (f"--{name}", value)]
+        data = ["--data", tiny_corpus(), "--valid_data", f"v={tiny_corpus()}-valid", "--eval_steps", 3]
+        codes, output = train(
+            ["--ds_config", config, "--model", "tiny", *shape, *data, "--run_dir", run_dir, "--max_steps", 1], ranks
+        )
+        assert codes == [0] * ranks, output
+        losses.append(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])["valid/v/loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-5)

@@ -43,7 +43,7 @@ class TrainSettings:
     valid_data: tuple[str, ...] = ()  # validation sets, NAME=PREFIX each
     sampler: Literal["random", "epoch"] = "epoch"  # windows at random starts, or each window once an epoch
 
-    # how long
+    # how long; gpt1 trains 100 epochs and 1.3b ... 175b 300 billion tokens unless one of these is given
     max_steps: int | None = None  # optimiser steps
     max_tokens: int | None = None  # ... or tokens to train on
     epochs: float | None = None  # ... or passes over the corpus
@@ -66,9 +66,9 @@ class TrainSettings:
 
     # what happens when
     log_interval: int = 10  # steps between log lines
-    eval_interval: int = 0  # steps between evaluations; 0 only at the end
+    eval_interval: int = 1000  # steps between evaluations; 0 only at the start and at the end
     eval_steps: int | None = None  # global batches of an evaluation; the whole validation set by default
-    save_interval: int = 0  # steps between checkpoints; 0 only at the end
+    save_interval: int = 1000  # steps between checkpoints; 0 only at the end
     keep_last: int = 3  # checkpoints kept beside the best one
     seed: int = 1234  # of initialisation, data order and dropout
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint

@@ -59,16 +59,18 @@ def _training(global_batch_size: int, lr: float, warmup_steps: int, **changes) -
 
 
 def _few_shot(global_batch_size: int, lr: float) -> dict:
-    """2020 settings (appendix B): warm-up over 375M tokens, cosine to a tenth, decay 0.1; sequences of 2048 tokens."""
+    """2020 settings (appendix B): 300 billion tokens in sequences of 2048, warm-up over 375 million, cosine to a tenth,
+    decay 0.1."""
     warmup_steps = round(375e6 / (global_batch_size * 2048))
-    return _training(global_batch_size, lr, warmup_steps, min_lr=lr / 10, betas=(0.9, 0.95), weight_decay=0.1)
+    changes = {"min_lr": lr / 10, "betas": (0.9, 0.95), "weight_decay": 0.1, "max_tokens": 300_000_000_000}
+    return _training(global_batch_size, lr, warmup_steps, **changes)
 
 
 _GPT2_TRAINING = _training(512, 2.5e-4, 2000)
 
 TRAINING = {
     "tiny": _training(64, 1e-3, 100),
-    "gpt1": _training(64, 2.5e-4, 2000),
+    "gpt1": _training(64, 2.5e-4, 2000, epochs=100.0),
     "gpt2-small": _GPT2_TRAINING,
     "gpt2-medium": _GPT2_TRAINING,
     "gpt2-large": _GPT2_TRAINING,

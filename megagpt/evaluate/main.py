@@ -88,6 +88,8 @@ def find_tokenizer(settings: GenerateSettings) -> Path:
     if settings.tokenizer:
         return Path(settings.tokenizer)
     path = Path(settings.run)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
     if path.name.startswith("global_step"):
         folder = path.parent.parent  # of <run folder>/checkpoints/global_step<N>
     else:

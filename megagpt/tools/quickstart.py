@@ -8,8 +8,10 @@ import argparse
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -45,13 +47,24 @@ def prepare_command(corpus: Path) -> list[str]:
 def train_command(corpus: Path, run_dir: Path, steps: int) -> list[str]:
     """Two ranks, on a CPU two processes that talk over gloo; one on a machine with a single GPU."""
     ranks = 1 if torch.cuda.device_count() == 1 else 2
-    launcher = f"deepspeed --quiet --num_gpus {ranks} train.py --ds_config ds_configs/cpu.json"
+    launcher = f"deepspeed --quiet --num_gpus {ranks}{port_flag()} train.py --ds_config ds_configs/cpu.json"
     # Small batches suit a small model; less than one pass over the corpus needs no dropout.
     model = "--model tiny --dropout 0 --lr 3e-3 --global_batch_size 16 --micro_batch_size 8"
     quarter = max(1, steps // 4)
     length = f"--max_steps {steps} --eval_interval {quarter} --eval_steps 16 --save_interval {quarter}"
     data = ["--data", str(corpus), "--valid_data", f"stdlib={corpus}-valid"]
     return [*launcher.split(), *model.split(), *length.split(), *data, "--run_dir", str(run_dir)]
+
+
+def port_flag(default: int = 29500) -> str:
+    """Nothing where the launcher's ``default`` port is free, else the flag that names another one."""
+    with socket.socket() as listener:
+        for port in (default, 0):
+            with suppress(OSError):
+                listener.bind(("", port))
+                break
+        port = listener.getsockname()[1]
+    return "" if port == default else f" --master_port {port}"
 
 
 def generate_command(run_dir: Path) -> list[str]:

@@ -73,7 +73,8 @@ def open_corpora(
         if len(windows) == 1
         else Blend([(w, x) for (w, _), x in zip(blend, windows, strict=True)], seed=seed)
     )
-    order = {"sampler": sampler, "seed": seed, "weights": [weight for weight, _ in blend]}
+    total = sum(weight for weight, _ in blend)
+    order = {"sampler": sampler, "seed": seed, "weights": [weight / total for weight, _ in blend]}
     return Corpora(train, parts, valid_sets, order)
 
 
@@ -88,10 +89,11 @@ def _check_one_tokenizer(datasets: list[IndexedDataset]) -> None:
             )
 
 
-def blend_lines(corpora: Corpora, samples: int) -> list[str]:
-    """A table of what a run of ``samples`` windows sees of each corpus; empty for a single one."""
+def data_lines(corpora: Corpora, samples: int) -> list[str]:
+    """What a run of ``samples`` windows sees of each corpus, one line each."""
     if not isinstance(corpora.train, Blend):
-        return []
+        epochs = samples / corpora.train.n_windows
+        return [f"data {corpora.parts[0].prefix}: {samples:,} samples, {epochs:.2f} epochs"]
     lines = []
     for row in corpora.train.table(samples):
         note = "  <- seen more than once and a half" if row.epochs > _WARN_EPOCHS else ""

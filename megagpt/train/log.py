@@ -82,11 +82,17 @@ class RunLog:
             self._console.message(text)
 
     def finish(self, summary: dict) -> dict:
-        """Write summary.json, summary.md and loss.png from ``summary`` and the metrics; return the whole summary."""
+        """Write summary.json, summary.md and loss.png from ``summary`` and the metrics, and show what came out.
+
+        The whole summary is returned.
+        """
         if not self.is_main:
             return summary
         self.close()
-        return report.write_summary(self.run_dir, summary)
+        whole = report.write_summary(self.run_dir, summary)
+        for line in report.outcome(self.run_dir, whole):
+            self._console.message(line)
+        return whole
 
     def close(self) -> None:
         """End the bar and close the files; a second call does nothing."""

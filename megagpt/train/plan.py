@@ -100,7 +100,7 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
     if source is not None:
         corpora.check_tokenizer(source.tokenizer_sha256, settings.init_from)
     optimiser = _optimiser(settings, config, preset)
-    total = total_steps(settings, corpora, config.global_batch, model.seq_len)
+    total = total_steps(settings, preset if source is None else {}, corpora, config.global_batch, model.seq_len)
     return Plan(
         settings=settings,
         config=config,
@@ -179,22 +179,24 @@ def _schedule(settings: TrainSettings, optimiser: dict, total: int) -> Schedule:
     return Schedule(optimiser["schedule"], total, warmup, floor=min_lr / optimiser["lr"])
 
 
-def total_steps(settings: TrainSettings, corpora: Corpora, global_batch: int, seq_len: int) -> int:
-    """Optimiser steps of the run, from whichever flag says how long it is. Raises ConfigError when none does."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    tokens_per_step = global_batch * seq_len
-    if settings.max_tokens is not None:
-        steps = settings.max_tokens // tokens_per_step
-        wanted = f"--max_tokens {settings.max_tokens:,}"
-    elif settings.epochs is not None:
-        steps = int(settings.epochs * sum(part.n_tokens for part in corpora.parts)) // tokens_per_step
-        wanted = f"--epochs {settings.epochs:g}"
-    else:
+def total_steps(settings: TrainSettings, preset: dict, corpora: Corpora, global_batch: int, seq_len: int) -> int:
+    """Optimiser steps of the run, from whichever flag says how long it is, else from what was published for the model.
+
+    Raises ConfigError when neither does.
+    """
+    names = ("max_steps", "max_tokens", "epochs")
+    length = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    length = length or {name: preset[name] for name in names if name in preset}
+    if not length:
         raise ConfigError("how long to train is not said: give --max_steps, --max_tokens or --epochs")
-    if steps < 1:
+    ((name, value),) = length.items()
+    if name == "max_steps":
+        return value
+    tokens = value if name == "max_tokens" else int(value * sum(part.n_tokens for part in corpora.parts))
+    tokens_per_step = global_batch * seq_len
+    if tokens < tokens_per_step:
         raise ConfigError(
-            f"{wanted} is less than one step of {global_batch} x {seq_len} = {tokens_per_step:,} tokens; "
+            f"--{name} {value:,} is less than one step of {global_batch} x {seq_len} = {tokens_per_step:,} tokens; "
             "train longer or lower --global_batch_size"
         )
-    return steps
+    return tokens // tokens_per_step

@@ -145,6 +145,20 @@ def _evaluations(records: list[dict], name: str) -> dict:
     return {"first": found[0], "last": found[-1], "best": min(found, key=lambda e: e["loss"])}
 
 
+def outcome(run_dir: Path, summary: dict) -> list[str]:
+    """What a run came to, in a line for each validation set and one that says where to read on."""
+    lines = []
+    for name, evaluations in summary["valid"].items():
+        first, last = evaluations.get("first", {}), evaluations.get("last", {})
+        measures = [
+            f"{label} {first[key]:.4f} at step {first['step']}, {last[key]:.4f} at step {last['step']}"
+            for key, label in (("loss", "loss"), ("bits_per_byte", "bits per byte"))
+            if first.get(key) is not None and last.get(key) is not None
+        ]
+        lines += [f"valid/{name}: {'; '.join(measures)}"] if measures else []
+    return [*lines, f"finished: {run_dir / 'summary.md'}"]
+
+
 def to_markdown(title: str, summary: dict, picture: str | None) -> str:
     """The summary for people: a table of the run, a table of its validation sets, the loss curve."""
     lines = [f"# {title}", "", "| | |", "|---|---|"]

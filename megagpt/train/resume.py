@@ -69,15 +69,15 @@ def _check_same_run(plan: Plan, source: Path) -> None:
     """Raise ConfigError where ``source`` is of another model, other data or a later step than this run has."""
     saved = checkpoint.read_state(source)
     for what, found, wanted in (
-        ("model", saved.model, plan.model.to_dict()),
-        ("data", saved.data, plan.corpora.identity),
+        ("another model", saved.model, plan.model.to_dict()),
+        ("other data", saved.data, plan.corpora.identity),
     ):
         keys = sorted({*found, *wanted} - _ARRANGEMENT)
         differing = [key for key in keys if found.get(key) != wanted.get(key)]
         if differing:
             details = ", ".join(f"{key} {found.get(key)} there and {wanted.get(key)} now" for key in differing)
             raise ConfigError(
-                f"{source} is of another {what}: {details[:600]}; use the settings it was trained with, another "
+                f"{source} is of {what}: {details[:600]}; use the settings it was trained with, another "
                 "--run_dir, or --init_from to start a new run from its weights"
             )
     if saved.step > plan.total_steps:

@@ -19,7 +19,7 @@ from megagpt.ops import Ops, load_ops
 from megagpt.train import checkpoint, hardware, manifest, optim, report, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
-from megagpt.train.corpus import blend_lines
+from megagpt.train.corpus import data_lines
 from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
 from megagpt.train.plan import Plan
@@ -82,8 +82,9 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
             f"rank{'s' * (world.world_size > 1)}, batch "
             f"{batch.micro_batch} x {batch.accumulation} x {world.world_size} = {batch.global_batch} "
             f"sequences of {plan.model.seq_len}",
-            *blend_lines(plan.corpora, plan.total_steps * batch.global_batch),
+            *data_lines(plan.corpora, plan.total_steps * batch.global_batch),
             f"run folder {plan.run_dir}, step {state.step} of {plan.total_steps}",
+            *_where_curves_are(config.config["tensorboard"]),
         ]:
             log.message(line)
         loop = _loop(engine, plan, batch, state, device, log)
@@ -92,6 +93,12 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         loop.run()
         checkpoint_folder = plan.root / manifest.tag_name(state.step)
         log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
+
+
+def _where_curves_are(tensorboard: dict) -> list[str]:
+    if not tensorboard.get("enabled"):
+        return []
+    return [f"curves: tensorboard --logdir {Path(tensorboard['output_path'], tensorboard['job_name'])}"]
 
 
 def _open_log(plan: Plan, engine, start_step: int, world: dist.World) -> RunLog:

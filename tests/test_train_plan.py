@@ -1,0 +1,44 @@
+"""What a run will do, settled before it starts."""
+
+import json
+
+import pytest
+from corpora import tiny_corpus
+
+from megagpt.config.deepspeed import load
+from megagpt.config.fields import parse
+from megagpt.data.indexed import IndexedDataset
+from megagpt.dist import resolve_world
+from megagpt.errors import ConfigError
+from megagpt.train.plan import make_plan
+
+
+def planned(folder, *flags):
+    config = folder / "ds.json"
+    config.write_text(json.dumps({"train_batch_size": 8}))
+    words = ["--ds_config", config, "--data", tiny_corpus(), "--run_dir", folder / "run", *flags]
+    settings = parse([str(word) for word in words])
+    return make_plan(settings, load(str(config)), resolve_world({}))
+
+
+def test_gpt1_trains_as_long_as_its_paper_says_unless_told_otherwise(tmp_path):
+    n_tokens = IndexedDataset(tiny_corpus()).n_tokens
+    plan = planned(tmp_path, "--model", "gpt1")
+    assert plan.total_steps == 100 * n_tokens // (8 * 512)
+    assert planned(tmp_path, "--model", "gpt1", "--epochs", 2).total_steps == 2 * n_tokens // (8 * 512)
+    assert planned(tmp_path, "--model", "gpt1", "--max_steps", 7).total_steps == 7
+
+
+def test_the_models_of_2020_train_300_billion_tokens_unless_told_otherwise(tmp_path):
+    assert planned(tmp_path, "--model", "1.3b").total_steps == 300 * 10**9 // (8 * 2048)
+
+
+@pytest.mark.parametrize("model", ["tiny", "gpt2-small"])
+def test_where_no_length_was_published_one_is_asked_for(tmp_path, model):
+    with pytest.raises(ConfigError, match="give --max_steps, --max_tokens or --epochs"):
+        planned(tmp_path, "--model", model)
+
+
+def test_a_short_run_has_a_short_warm_up(tmp_path):
+    assert planned(tmp_path, "--max_steps", 100).schedule.warmup_steps == 10
+    assert planned(tmp_path, "--max_steps", 100, "--warmup_steps", 60).schedule.warmup_steps == 60
