@@ -1,7 +1,7 @@
 """The parts of a decoder. B batch, T positions, D width, H heads, K = D / H width of one head.
 
-Parameters are used only inside the forward of the module that owns them, where ZeRO-3 has gathered them; the one
-exception is the token embedding, which is also the output projection.
+Parameters are used only inside the forward of the module that owns them, where ZeRO-3 has gathered them. The exception
+are embeddings, which ``GPT`` reads as tables: the token embedding is also the output projection.
 """
 
 from torch import Tensor, nn

@@ -34,7 +34,7 @@ class GPTConfig:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
         for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
         if self.d_model % self.n_head:
             raise ConfigError(

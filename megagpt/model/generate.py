@@ -25,7 +25,7 @@ def generate(
     context = list(ids)
     for _ in range(max_new_tokens):
         window = torch.tensor([context[-model.config.seq_len :]], device=device)
-        token = _draw(model(window)[0, -1].float(), temperature, top_k, generator)
+        token = _draw(model.next_logits(window)[0].float(), temperature, top_k, generator)
         if token == stop_id:
             break
         context.append(token)

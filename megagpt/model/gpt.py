@@ -25,21 +25,45 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) int64 their mean cross-entropy in float32; -100 is ignored."""
-        hidden = self.hidden(ids)
+        seeds = self._seeds(ids.device)
+        hidden = self._hidden(ids, seeds)
+        words = self._table(self.wte, seeds[0])
         if targets is None:
-            return F.linear(hidden, self.wte.weight)
-        return self.ops.linear_cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten())
+            return F.linear(hidden, words)
+        return self.ops.linear_cross_entropy(hidden.flatten(0, 1), words, targets.flatten())
 
     def hidden(self, ids: Tensor) -> Tensor:
         """What the output projection reads: (B, T, D) for ids (B, T) int64, T up to ``config.seq_len``."""
-        seeds = self._seeds(ids.device)
-        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
-        if self.training:
-            x = self.ops.dropout(x, p=self.config.embd_dropout, seed=seeds[0])
-        residual = None
+        return self._hidden(ids, self._seeds(ids.device))
+
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) of what follows ids (B, T)."""
+        return F.linear(self.hidden(ids)[:, -1], self.wte.weight)
+
+    def _hidden(self, ids: Tensor, seeds: tuple[Tensor | None, ...]) -> Tensor:
+        x, residual = self._embed(ids, *seeds[:2]), None
         for i, block in enumerate(self.blocks):
-            x, residual = self._run(i, block, x, residual, seeds[1 + 3 * i : 4 + 3 * i])
+            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i])
         return x if self.ln_f is None else self.ln_f(x, residual, seeds[-1])
+
+    def _embed(self, ids: Tensor, seed: Tensor | None, position_seed: Tensor | None) -> Tensor:
+        """Token plus position embeddings (B, T, D)."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        if self._drops_tables:
+            words, places = self._table(self.wte, seed), self._table(self.wpe, position_seed)
+            return F.embedding(ids, words) + F.embedding(positions, places)
+        x = self.wte(ids) + self.wpe(positions)
+        return self.ops.dropout(x, p=self.config.embd_dropout, seed=seed) if self.training else x
+
+    @property
+    def _drops_tables(self) -> bool:
+        return self.training and self.config.embd_dropout_mode == "matrix"
+
+    def _table(self, embedding: Embedding, seed: Tensor | None) -> Tensor:
+        """The vectors of ``embedding``, with dropout on the table's elements where the config asks for it."""
+        if self._drops_tables:
+            return self.ops.dropout(embedding.weight, p=self.config.embd_dropout, seed=seed)
+        return embedding.weight
 
     def _run(self, i, block, x, residual, seeds):
         every = self.config.activation_checkpointing
@@ -48,13 +72,14 @@ class GPT(nn.Module):
         return block(x, residual, seeds)
 
     def _seeds(self, device) -> tuple[Tensor | None, ...]:
-        n = 2 + 3 * len(self.blocks)
+        """One for each dropout of a forward pass: two tables or their sum, three a block, the last residual sum."""
+        n = 3 + 3 * len(self.blocks)
         if not self.training:
             return (None,) * n
         return torch.randint(2**63 - 1, (n,), device=device).unbind()
 
 
-def decays(name: str, parameter: Tensor | None = None) -> bool:
+def decays(name: str) -> bool:
     """Whether weight decay applies: to every matrix, embeddings included, and to no bias or LayerNorm gain.
 
     By name: under ZeRO-3 a parameter has no shape to go by.
