@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +85,14 @@ def test_every_format_gives_the_same_documents_plain_or_compressed(tmp_path, kin
     assert read([path], Reading(quoting="standard")) == TEXTS
 
 
-def test_parquet_gives_its_column(tmp_path):
+@pytest.mark.parametrize("ending", COMPRESSIONS)
+def test_parquet_gives_its_column(tmp_path, ending):
+    (tmp_path / f"all.parquet{ending}").write_bytes(COMPRESSIONS[ending](parquet(TEXTS)))
+    assert read([tmp_path / f"all.parquet{ending}"]) == TEXTS
+
+
+def test_a_column_that_parquet_lacks_is_refused(tmp_path):
     (tmp_path / "all.parquet").write_bytes(parquet(TEXTS))
-    assert read([tmp_path / "all.parquet"]) == TEXTS
     with pytest.raises(DataError, match=r"no column 'txt' \(did you mean 'text'\?\); its columns are text"):
         read([tmp_path / "all.parquet"], Reading(column="txt"))
 
@@ -106,6 +113,35 @@ def test_a_column_without_a_header_has_a_number(tmp_path):
     assert read([tmp_path / "a.tsv"], Reading(column="4")) == ["One sentence.", "Another one."]
     with pytest.raises(DataError, match=r"no column 'text'; its columns are gj04, 1, , One sentence\."):
         read([tmp_path / "a.tsv"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_quoted_header(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"text","id"\r\n"one, two","1"\r\n')
+    assert read([tmp_path / "a.csv"]) == ["one, two"]
+
+
+def test_blank_lines_in_a_table_are_passed_over(tmp_path):
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_bytes(b"\n\r\nid,text\r\n\r\n1,one\r\n".replace(b",", delimiter.encode()))
+        assert read([tmp_path / name]) == ["one"]
+
+
+def test_a_line_end_within_a_field_costs_its_row_and_no_other(tmp_path):
+    """The csv module stops at a carriage return outside of quotes, and with it a whole job did."""
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,od\rd\n2,two\n")
+    (tmp_path / "a.tsv").write_bytes(b"id\ttext\n1\tod\rd\n2\ttwo\n")
+    skipped = Skipped()
+    assert read([tmp_path / "a.csv"], skipped=skipped) == ["two"]
+    assert skipped.counts == {"row without text": 1}
+    assert read([tmp_path / "a.tsv"]) == ["od\rd", "two"]
+
+
+def test_a_quote_that_is_not_closed_is_an_error(tmp_path):
+    """Otherwise the rest of the file would be one text."""
+    (tmp_path / "a.csv").write_text('id,text\n1,"one\nmore"\n2,"two\n3,three\n4,four\n')
+    with pytest.raises(DataError, match=r"a\.csv:4: a quote that opens in this row is not closed"):
+        read([tmp_path / "a.csv"])
+    assert read([tmp_path / "a.csv"], Reading(quoting="none"))[-1] == "four"
 
 
 def test_a_row_that_is_too_short_is_counted(tmp_path):
@@ -294,6 +330,77 @@ def test_a_folder_is_searched_at_any_depth_but_not_in_hidden_places(tmp_path):
         (tmp_path / name).write_text(name)
     assert read([tmp_path]) == ["a/1.txt", "b/c/2.txt"]
     assert read([tmp_path / "b/c/2.txt", tmp_path]) == ["b/c/2.txt", "a/1.txt"]
+
+
+def test_a_pattern_may_match_folders(tmp_path):
+    for name in ("books/1.txt", "books/old/2.txt", "3.txt", ".hidden/4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read([tmp_path / "*"]) == ["3.txt", "books/1.txt", "books/old/2.txt"]
+    assert read([tmp_path / "**"]) == read([tmp_path])
+
+
+def test_folders_behind_links_are_searched_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.txt").write_text("one")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path / "input")
+    assert read([tmp_path / "input"]) == ["one"]
+
+
+def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one")
+    assert read(["a.txt", "./a.txt", tmp_path, "../" + tmp_path.name]) == ["one"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    """It was passed over in silence."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "closed").mkdir()
+    tmp_path.chmod(0o755)
+    (tmp_path / "closed").chmod(0)
+    code = (
+        "import os; from megagpt.data.sources import find; from megagpt.errors import DataError\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"
+        "try: find(['.'], 'auto', by_line=False)\n"
+        "except DataError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert out.stdout == "./closed cannot be read: Permission denied\n", out.stderr
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """Opening it would wait for a writer for ever, and the job may have to go back in it."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt is a pipe or a device"):
+        find([str(tmp_path / "pipe.txt")], "auto", by_line=False)
+
+
+@pytest.mark.parametrize("ending", COMPRESSIONS)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_refused_and_not_taken_for_damaged_utf8(tmp_path, encoding, ending):
+    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESSIONS[ending]("\ufeffGrüße".encode(encoding)))
+    with pytest.raises(DataError, match="is UTF-16; convert it first: iconv"):
+        find([str(tmp_path / f"a.txt{ending}")], "auto", by_line=False)
+
+
+def test_a_json_file_holds_json_lines_where_it_is_named(tmp_path):
+    """As Megatron-LM's users have them. In a folder such a file may be anything."""
+    (tmp_path / "a.json").write_bytes(jsonl(TEXTS))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+    (tmp_path / "c.txt").write_text("text")
+    assert read([tmp_path / "a.json", tmp_path / "b.json.gz"]) == TEXTS * 2
+    assert read([tmp_path]) == ["text"]
+
+
+def test_zstd_frames_may_follow_frames_to_be_skipped(tmp_path):
+    frames = [zstd(jsonl([text])) for text in TEXTS]
+    marked = [b"\x50\x2a\x4d\x18" + struct.pack("<II", 4, len(frame)) + frame for frame in frames]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(marked))
+    assert read([tmp_path / "a.jsonl.zst"]) == TEXTS
 
 
 def test_text_of_an_unknown_ending_is_text(tmp_path):

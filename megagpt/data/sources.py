@@ -1,9 +1,10 @@
 """Which files an input names, what each of them is, and how they are divided among shards."""
 
+import codecs
 import glob
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megagpt.data.streams import CHUNK, ENDINGS, Stream
 from megagpt.errors import ConfigError, DataError
@@ -44,13 +45,14 @@ def find(inputs: list[str], format: str, *, by_line: bool) -> list[Source]:
     ``format`` is one of FORMATS' or "auto"; ``by_line`` says that each line of a text file is a document. Of a folder
     all files with a known ending are taken, at any depth. Raises DataError for an input that names nothing.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}  # by the absolute path, as a file may be named in several ways
     for text in inputs:
         found = _paths(text, format)
         if not found:
             raise DataError(f"--input {text}: {_nothing(text)}")
-        paths.update(dict.fromkeys(found))
-    sources = [_source(path, format, by_line) for path in paths]
+        for path in found:
+            paths.setdefault(os.path.abspath(path), path)
+    sources = [_source(path, format, by_line) for path in paths.values()]
     if not any(source.size for source in sources):
         raise DataError(f"--input {' '.join(inputs)}: {len(sources)} files, all of them empty")
     return [source for source in sources if source.size]
@@ -58,15 +60,26 @@ def find(inputs: list[str], format: str, *, by_line: bool) -> list[Source]:
 
 def _paths(text: str, format: str) -> list[str]:
     if os.path.isdir(text):
-        files = (os.path.join(folder, name) for folder, _, names in os.walk(text) for name in names)
-        return sorted(path for path in files if not _hidden(path, text) and _wanted(path, format))
+        return sorted(path for path in _files_below(text) if _wanted(path, format))
     if os.path.exists(text):
         return [text]
-    return sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
+    return [path for match in sorted(glob.glob(text, recursive=True)) for path in _paths(match, format)]
 
 
-def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+def _files_below(folder: str) -> Iterator[str]:
+    """All files that are not hidden, those behind links to folders too, though no folder twice."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real in seen:
+            continue
+        seen.add(real)
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
 
 def _wanted(path: str, format: str) -> bool:
@@ -83,28 +96,38 @@ def _nothing(text: str) -> str:
 
 
 def _format_by_name(path: str) -> str | None:
+    return FORMATS.get(os.path.splitext(_plain_name(path))[1].lower())
+
+
+def _plain_name(path: str) -> str:
     for ending in ENDINGS:
         path = path.removesuffix(ending)
-    return FORMATS.get(os.path.splitext(path)[1].lower())
+    return path
 
 
 def _source(path: str, format: str, by_line: bool) -> Source:
     try:
         stat = os.stat(path)
-        chosen = format if format != "auto" else _format_by_name(path) or _sniffed(path)
-        compressed = Stream.is_compressed(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not os.path.isfile(path):
+        raise DataError(f"--input {path} is a pipe or a device; write its text to a file first")
+    chosen = format if format != "auto" else _format_by_name(path)
+    with Stream(path) as stream:
+        compressed, head = stream.compressed, stream.read(4 if chosen else CHUNK)
     if stat.st_size and not compressed and path.endswith(ENDINGS):
         raise DataError(f"{path} is not compressed as its name says; get the file again or rename it")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    chosen = chosen or _sniffed(path, head)
     splittable = not compressed and (chosen == "jsonl" or (chosen == "txt" and by_line))
     return Source(path, chosen, stat.st_size, stat.st_mtime_ns, compressed, splittable)
 
 
-def _sniffed(path: str) -> str:
-    """``txt`` for a file with an unknown ending that holds text. Raises DataError for anything else."""
-    with Stream(path) as stream:
-        head = stream.read(CHUNK)
+def _sniffed(path: str, head: bytes) -> str:
+    """The format of a file with an unknown ending, from its first bytes. Raises DataError where it is not text."""
+    if _plain_name(path).endswith(".json"):  # not looked for in folders, where it may hold anything
+        return "jsonl"
     try:
         head.decode(errors="strict")
     except UnicodeDecodeError as error:

@@ -10,13 +10,19 @@ from megagpt.errors import DataError
 CHUNK = 1 << 20  # bytes of text handled at a time
 MAX_LINE = 64 << 20  # bytes: a longer line is not taken into memory
 ENDINGS = (".gz", ".xz", ".zst")
-_MAGIC = {b"\x1f\x8b": "gz", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_MAGIC = {
+    b"\x1f\x8b": "gz",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"\x50\x2a\x4d\x18": "zst",  # pzstd puts a frame to be skipped before each frame of data
+}
 
 
 class Stream:
     """The decompressed bytes of ``path``. How it is compressed is seen from its first bytes, not from its name.
 
-    Of a plain file, ``start`` and ``stop`` choose a part. ``position`` is how many bytes of it have been consumed.
+    Of a plain file, ``start`` and ``stop`` choose a part. ``position`` is how many bytes of it have been consumed,
+    ``compressed`` whether it is anything but plain.
     Raises DataError for a file that cannot be read or whose compressed data is damaged or ends too early.
     """
 
@@ -29,12 +35,8 @@ class Stream:
             self._raw.seek(start)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        self.compressed = bool(kind)
         self._file = {"": lambda raw: raw, "gz": _gzip, "xz": lzma.LZMAFile, "zst": _zstd}[kind](self._raw)
-
-    @staticmethod
-    def is_compressed(path: str) -> bool:
-        with open(path, "rb") as file:
-            return bool(_kind(file.peek(8)))
 
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes; fewer only at the end."""
