@@ -42,13 +42,18 @@ def _keys_kernel(seed_ptr, keys_ptr, n_words, BLOCK: tl.constexpr):
     tl.store(keys_ptr + i, x & -1095216660736, mask=i < n_words)  # ~0xFF in both halves
 
 
-def dropout_keys(seed: Tensor, n_rows: int, n_columns: int) -> tuple[Tensor, Tensor]:
-    """Keys of all rows and of all columns, int32 (n_rows,) and (n_columns,), drawn from ``seed`` (0-d int64)."""
-    n_words = triton.cdiv(n_rows + n_columns, 2)
+def dropout_key_table(seed: Tensor, n: int) -> Tensor:
+    """n keys, int32 (n,), drawn from ``seed`` (0-d int64)."""
+    n_words = triton.cdiv(n, 2)
     words = torch.empty(n_words, dtype=torch.int64, device=seed.device)
     launch(_keys_kernel, (triton.cdiv(n_words, _BLOCK),), seed, words, n_words, BLOCK=_BLOCK)
-    keys = words.view(torch.int32)
-    return keys[:n_rows], keys[n_rows : n_rows + n_columns]
+    return words.view(torch.int32)[:n]
+
+
+def dropout_keys(seed: Tensor, n_rows: int, n_columns: int) -> tuple[Tensor, Tensor]:
+    """Keys of all rows and of all columns, int32 (n_rows,) and (n_columns,): a table and what follows the rows."""
+    keys = dropout_key_table(seed, n_rows + n_columns)
+    return keys[:n_rows], keys[n_rows:]
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:

@@ -1,7 +1,9 @@
 """What all kernels share: how they are launched, on which devices they run, and products of tiles."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -17,6 +19,33 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _recorder: Callable | None = None
 _capability: tuple[int, int] | None = None
+
+
+def _mend_interpreter() -> None:
+    """Let Triton 3.6's interpreter work with numpy 2.4, and several times as fast.
+
+    A number that a kernel computed can bound a loop: it made an int of an array, which numpy 2.4 no longer does. The
+    language is replaced once for a launch, not again in each call of a device function, which took milliseconds. And
+    each sum of integers is not made a second time to see whether it overflows, as it isn't in a compiled kernel.
+    """
+    from triton.runtime import interpreter
+
+    replace_tensor, replace_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+    everywhere = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def with_index(tensor, scope) -> None:
+        replace_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_lang_tensor = with_index
+    interpreter._patch_lang = lambda kernel: replace_language(everywhere)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+if INTERPRETED:
+    _mend_interpreter()
 
 
 def why_not(*, dtype: torch.dtype, device: torch.device) -> str | None:
