@@ -8,30 +8,13 @@ between the two marker lines of a Markdown file.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from megagpt_kernels import masks
+from launches import OPERATIONS
 from offline import SHARED_LIMIT, compile_launches
 
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-Case = tuple[str, Callable[[], object]]  # what the kernels are for, and the operation on the meta device
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def dropout_keys() -> Iterator[Case]:
-    seed = meta(dtype=torch.int64)
-    yield "any dropout", lambda: masks.dropout_keys(seed, 1024, 768)
-
-
-OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {"dropout_keys": dropout_keys}
 
 
 def compile_all(operations: list[str], archs: list[int]) -> list[dict]:

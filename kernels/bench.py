@@ -8,6 +8,7 @@ Without a GPU the torch providers are timed on the CPU, at small shapes.
 """
 
 import argparse
+import json
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ import gpu_plots  # noqa: E402
 import gpu_rows  # noqa: E402
 from gpu_clock import Clock, free  # noqa: E402
 from gpu_measure import measure, measure_ceilings  # noqa: E402
-from gpu_report import Report, describe, rows_table, smi  # noqa: E402
+from gpu_report import Report, describe, rows_table, slower, smi  # noqa: E402
 
 # What is measured, and its share of the time when there is a limit.
 PARTS = {
@@ -48,6 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         print("no GPU here: the torch providers are timed on the CPU, at small shapes")
     clock = Clock(device, **({"warmup_ms": 0, "rep_ms": 1} if args.quick else {}))
     report = Report(describe(device), measure_ceilings(clock))
+    if args.baseline and args.baseline["on"]["device"] != report.on["device"]:
+        print(
+            f"error: the baseline is of {args.baseline['on']['device']}, and this is {report.on['device']}: times of "
+            "two devices cannot be compared; leave --baseline out",
+            file=sys.stderr,
+        )
+        return 2
     report.clocks["before"] = smi("clocks.sm", "temperature.gpu")
     print(", ".join(f"{key} {value}" for key, value in report.on.items()), flush=True)
     for part, deadline in _deadlines(args.parts, args.minutes):
@@ -60,9 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     report.clocks["after"] = smi("clocks.sm", "temperature.gpu")
     for path in _write(report, args, plots=True):
         print(f"wrote {path}")
-    for line in report.failed:
+    complaints = [*report.failed, *(slower(report, args.baseline) if args.baseline else [])]
+    for line in complaints:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if report.failed else 0
+    return 1 if complaints else 0
 
 
 def run(part: str, makers: Iterable[Callable], clock: Clock, report: Report, deadline: float, rounds: int) -> None:
@@ -123,11 +132,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for bench.json, bench.csv, summary.md and the pictures")
     parser.add_argument("--quick", action="store_true", help="one round at the smallest shape: that everything runs")
     parser.add_argument("--minutes", type=float, help="begin nothing new after this time; what is left out is listed")
+    parser.add_argument("--baseline", type=_earlier, help="an earlier bench.json: fail where it was 7 % faster or more")
     args = parser.parse_args(argv)
     args.providers = tuple(args.providers)
     asked = [args.parts] if isinstance(args.parts, str) else args.parts
     args.parts = list(PARTS) if "all" in asked else [part for part in PARTS if part in asked]
     return args
+
+
+def _earlier(path: str) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

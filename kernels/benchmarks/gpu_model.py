@@ -19,7 +19,7 @@ from gpu_clock import Clock, free
 from gpu_measure import against_peers, name_of
 from gpu_report import Report, steps_table
 from gpu_step import Step, fastest_sdpa
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt.ops import Ops
 from megagpt.train.hardware import peak_flops
@@ -72,9 +72,14 @@ class Bench:
         rounds = {name: [statistics.median(each) for each in values] for name, values in samples.items()}
         if contributions and "megagpt" in samples:
             notes["megagpt"]["without"] = self._contributions(statistics.median(rounds["megagpt"]))
+        products = self._products_ms()
         for name, each in samples.items():
             times = self._rates(sorted(value for block in each for value in block))
-            records.append(self._record(name, status="timed", **times, **against_peers(name, rounds), **notes[name]))
+            records.append(
+                self._record(
+                    name, status="timed", **times, **against_peers(name, rounds), **notes[name], products_ms=products
+                )
+            )
         return records
 
     def _measure_group(self, models: dict[str, Callable], samples: dict, notes: dict, failed: dict) -> None:
@@ -119,6 +124,22 @@ class Bench:
             free(self.clock)
         return found
 
+    def _products_ms(self) -> float:
+        """What the projections of a step would take alone, forward and backward, timed at their shapes."""
+        config = self.case.config
+        rows, D = self.case.B * config.seq_len, config.d_model
+        shapes = {(D, 3 * D): config.n_layer, (D, D): config.n_layer, (D, config.d_ff): config.n_layer}
+        shapes |= {(config.d_ff, D): config.n_layer, (D, config.vocab_size): 1}
+        total = 0.0
+        for (n_in, n_out), times in shapes.items():
+            x, w, y = (self._random(*shape) for shape in ((rows, n_in), (n_in, n_out), (rows, n_out)))
+            for work in (lambda x=x, w=w: x @ w, lambda w=w, y=y: y @ w.mT, lambda x=x, y=y: x.mT @ y):
+                total += times * statistics.median(self.clock.samples(work))
+        return total
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.clock.device).to(self.case.dtype)
+
     def _memory(self, n: int) -> float:
         """The share of the device's memory that n models and their optimisers take."""
         if not self.clock.on_gpu:
@@ -159,5 +180,5 @@ def _family(name: str) -> str:
 
 STEP_FIELDS = (
     *("model", "dims", "dtype", "dropout", "backend", "status", "reason", "ms", "p20", "p80", "tokens_per_s", "mfu"),
-    *("best_peer", "speedup", "speedup_low", "speedup_high", "peak_mb", "kinds", "without"),
+    *("best_peer", "speedup", "speedup_low", "speedup_high", "peak_mb", "products_ms", "kinds", "without"),
 )

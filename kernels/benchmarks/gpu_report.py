@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -163,6 +164,7 @@ def _step_name(step: dict) -> str:
 
 def _where(step: dict) -> str:
     kinds = ", ".join(f"{kind} {ms:.3g} ms" for kind, ms in step["kinds"].items())
+    kinds += f"; the projections alone would take {step['products_ms']:.3g} ms"
     without = ", ".join(f"{ms:+.3g} ms with torch's {op}" for op, ms in step["without"].items())
     return "; ".join(part for part in (kinds, without) if part)
 
@@ -178,6 +180,19 @@ def _reasons(rows: list[dict]) -> list[str]:
         f"{op}, {provider}: {reason} ({shapes[0]}{f' and {len(shapes) - 1} more' if shapes[1:] else ''})"
         for (op, provider, reason), shapes in found.items()
     ]
+
+
+def slower(report: Report, before: dict, factor: float = 1.07) -> list[str]:
+    """What this project's kernels take more than ``factor`` times as long for as in an earlier report's JSON."""
+    key = operator.itemgetter("op", "shape", "dims", "dtype", "dropout", "pass", "provider", "status")
+    old = {key(row): row["ms"] for row in before["rows"]}
+    lines = []
+    for row in report.rows:
+        ms = old.get(key(row))
+        if row["provider"] == "megagpt" and row["status"] == "timed" and ms and row["ms"] > factor * ms:
+            case = f"{row['op']} {row['shape']} {row['dtype']}, dropout {row['dropout']:g}, {row['pass']}"
+            lines.append(f"{case}: {row['ms']:.4g} ms, {row['ms'] / ms:.2f} times the {ms:.4g} ms of before")
+    return lines
 
 
 def _finite(value):
