@@ -39,6 +39,16 @@ def test_where_no_length_was_published_one_is_asked_for(tmp_path, model):
         planned(tmp_path, "--model", model)
 
 
+def test_flags_change_the_dropout_of_a_preset(tmp_path):
+    def rates(*flags):
+        model = planned(tmp_path, "--max_steps", 1, *flags).model
+        return model.embd_dropout, model.attn_dropout, model.resid_dropout, model.embd_dropout_mode
+
+    assert rates() == (0.1, 0.1, 0.1, "sum")
+    assert rates("--dropout", 0.2, "--attn_dropout", 0) == (0.2, 0.0, 0.2, "sum")
+    assert rates("--embd_dropout_mode", "matrix") == (0.1, 0.1, 0.1, "matrix")
+
+
 def test_a_short_run_has_a_short_warm_up(tmp_path):
     assert planned(tmp_path, "--max_steps", 100).schedule.warmup_steps == 10
     assert planned(tmp_path, "--max_steps", 100, "--warmup_steps", 60).schedule.warmup_steps == 60

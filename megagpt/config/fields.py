@@ -35,8 +35,9 @@ class TrainSettings:
     embd_dropout: float | None = None  # dropout after the embeddings
     attn_dropout: float | None = None  # dropout on attention weights
     resid_dropout: float | None = None  # dropout before each residual sum
+    embd_dropout_mode: Literal["sum", "matrix"] | None = None  # drop of the summed embeddings, or of the tables (GPT-1)
     init_from: str | None = None  # start from the weights of a run folder, a checkpoint or a .safetensors file
-    kernels: Literal["auto", "torch", "triton"] = "auto"  # implementation of the fused operations
+    kernels: Literal["auto", "torch", "cpu", "triton"] = "auto"  # which operations; auto: the fastest that serve here
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0 none, 1 all
 
     # the data

@@ -18,6 +18,7 @@ from megagpt.train.schedule import Schedule
 _DEFAULT_MODEL = "gpt1"
 _SHAPE = ("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size")
 _DROPOUT = ("embd_dropout", "attn_dropout", "resid_dropout")
+_MODEL_FLAGS = (*_DROPOUT, "embd_dropout_mode")
 _OPTIMISER = ("optimizer", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay", "betas", "eps")
 
 
@@ -135,7 +136,7 @@ def _shape(settings: TrainSettings, source: dict | None) -> dict:
     shape.update(given)
     if settings.dropout is not None:
         shape.update(dict.fromkeys(_DROPOUT, settings.dropout))
-    shape.update({name: getattr(settings, name) for name in _DROPOUT if getattr(settings, name) is not None})
+    shape.update({name: getattr(settings, name) for name in _MODEL_FLAGS if getattr(settings, name) is not None})
     shape["activation_checkpointing"] = settings.activation_checkpointing
     return shape
 
