@@ -1,10 +1,7 @@
 """The initial values: their spread, and that they are the same however the model is held."""
 
-import hashlib
-
 import pytest
 import torch
-from distributed import run_ranks
 
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT
@@ -62,49 +59,3 @@ def test_on_the_meta_device_the_seeds_are_drawn_all_the_same():
     with torch.device("meta"):
         build()
     assert torch.equal(torch.rand(1, device="cpu"), after)
-
-
-def digest(tensor):
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-
-
-def build_sharded(norm):
-    """Digests of the gathered values, (elements, elements held here) of each, and the most elements ever held whole."""
-    import os
-
-    from megagpt import dist
-    from megagpt.config import deepspeed as ds
-    from megagpt.config.fields import TrainSettings
-    from megagpt.train import engine
-
-    world = dist.resolve_world(os.environ)
-    raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    settings = TrainSettings(ds_config="zero3.json", data=("none",), run_dir="none")
-    config = ds.resolve(raw, settings, world.world_size, path="zero3.json", hidden_size=SHAPE["d_model"])
-    engine.start_distributed(world, timeout_minutes=1)
-    registered, most = [], [0]
-
-    def count(module, name, parameter):
-        registered.append(parameter)
-        most[0] = max(most[0], sum(p.numel() for p in registered))
-
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    with engine.sharded_construction(config):
-        model = build(norm=norm)
-    handle.remove()
-    held = {name: (p.ds_numel, p.ds_tensor.numel()) for name, p in model.named_parameters()}
-    with engine.full_parameters(list(model.parameters()), config):
-        digests = {name: digest(p) for name, p in model.named_parameters()}
-    engine.stop_distributed()
-    return digests, held, most[0]
-
-
-@NORMS
-def test_split_over_ranks_the_values_are_the_same_and_no_rank_ever_holds_the_whole(norm):
-    whole = build(norm=norm)
-    expected = {name: digest(p) for name, p in whole.named_parameters()}
-    largest_module = max(p.numel() + SHAPE["d_model"] * 4 for p in whole.parameters())
-    for (digests, held, most), _ in run_ranks(build_sharded, 2, norm):
-        assert digests == expected
-        assert all(local == -(-n // 2) for n, local in held.values()), held
-        assert 0 < most <= largest_module

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megagpt.errors import ConfigError
-from megagpt.ops import Ops, cpu_ops, load_ops, torch_ops
+from megagpt.ops import Ops, cpu_ops, load_ops, precision, torch_ops
 
 MODEL = {"head_width": 64, "dtype": torch.float32}
 
@@ -19,9 +19,9 @@ def test_on_a_cpu_auto_takes_the_forms_made_for_it_and_says_why():
 
 
 def test_elsewhere_auto_takes_torch_and_says_why():
-    ops = load_ops("auto", **MODEL, device="cuda")
+    ops = load_ops("auto", **MODEL, device="meta")
     assert ops.name == "torch"
-    assert "cpu cannot serve this model: its forms are for a CPU, and the model is on cuda" in ops.reason
+    assert "cpu cannot serve this model: its forms are for a CPU, and the model is on meta" in ops.reason
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])
@@ -30,7 +30,7 @@ def test_a_backend_asked_for_is_taken(name):
     assert (ops.name, ops.reason) == (name, "asked for")
 
 
-@pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("cpu", "meta")])
 def test_a_backend_that_cannot_serve_is_refused_with_its_reason_and_the_way_out(name, device):
     with pytest.raises(
         ConfigError, match=rf"--kernels {name}: {name} cannot serve this model: .*--kernels torch or auto"
@@ -51,3 +51,21 @@ def test_every_backend_takes_the_arguments_of_the_definition(operation):
     rest = [name for name, p in found.items() if p.kind is p.VAR_KEYWORD]
     assert rest or [name for name in found if name != "masks"] == expected
     assert set(found) - set(rest) - {"masks"} <= set(expected)
+
+
+def test_products_are_computed_in_their_own_dtype_where_there_are_instructions_for_it(monkeypatch):
+    for dtype in (torch.float32, torch.float64):
+        assert precision.product_dtype(torch.empty(1, dtype=dtype)) == dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        assert precision.product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
+        for has, expected in ((True, dtype), (False, torch.float32)):
+            monkeypatch.setattr(precision, "_cpu_multiplies", lambda dtype, has=has: has)
+            assert precision.product_dtype(torch.empty(1, dtype=dtype)) == expected
+
+
+def test_a_torch_that_does_not_tell_what_the_cpu_can_do_gets_float32(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    ask = precision._cpu_multiplies.__wrapped__
+    assert not ask(torch.bfloat16)
+    assert not ask(torch.float16)

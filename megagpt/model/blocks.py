@@ -15,7 +15,7 @@ class Linear(nn.Linear):
     """A projection with bias whose weights start with the spread ``std``."""
 
     def __init__(self, n_in: int, n_out: int, std: float, ops: Ops) -> None:
-        self.std = std
+        self.std = std  # before nn.Linear's constructor, which draws the values
         super().__init__(n_in, n_out)
         self.ops = ops
 

@@ -29,7 +29,7 @@ class GPT(nn.Module):
         hidden = self._hidden(ids, seeds)
         words = self._table(self.wte, seeds[0])
         if targets is None:
-            return F.linear(hidden, words)
+            return self.ops.linear(hidden, words)
         return self.ops.linear_cross_entropy(hidden.flatten(0, 1), words, targets.flatten())
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class GPT(nn.Module):
         return self._hidden(ids, self._seeds(ids.device))
 
     def next_logits(self, ids: Tensor) -> Tensor:
-        """Logits (B, V) of what follows ids (B, T)."""
-        return F.linear(self.hidden(ids)[:, -1], self.wte.weight)
+        """Logits (B, V) of what follows ids (B, T), in evaluation mode."""
+        return self.ops.linear(self.hidden(ids)[:, -1], self.wte.weight)
 
     def _hidden(self, ids: Tensor, seeds: tuple[Tensor | None, ...]) -> Tensor:
         x, residual = self._embed(ids, *seeds[:2]), None

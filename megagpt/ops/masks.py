@@ -73,7 +73,8 @@ class PooledMasks:
     """A tile is a window into a constant pool of random multipliers, at an offset drawn from (seed, the tile's corner).
 
     Within a window elements are independent. The same element in two steps, and two elements of different tiles, read
-    the pool at independent places. Two tiles are equal with a probability of 2^-22.
+    the pool at independent places. Two windows may overlap, at a distance that nothing else has; they are the same with
+    a probability of 2^-22.
     """
 
     POOL = 1 << 22  # elements; 16 MiB, which stay in a server's last-level cache

@@ -119,7 +119,8 @@ class _BlockedAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         # 16-bit products are emulated on most CPUs, and slower than float32.
         product = wide if q.device.type == "cpu" else q.dtype
-        q, k, v = (x.to(product).reshape(-1, *x.shape[-2:]) for x in (q * setting.scale, k, v))
+        q, k, v = (x.to(product).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+        q = q * setting.scale
         blocks = _Blocks(q, k, cu_seqlens, setting)
         mask = setting.masks(seed, setting.dropout_p, blocks.mask_shape)
         keep = k.shape[1] <= _KEPT_PER_WIDTH * k.shape[2]

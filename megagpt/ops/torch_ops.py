@@ -58,7 +58,8 @@ class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        dx = _multiply_add(d_out, ctx.masks, *ctx.saved_tensors, ctx.p)
+        (seed,) = ctx.saved_tensors
+        dx = _multiply_add(d_out, ctx.masks, seed, ctx.p)
         return dx, d_out if ctx.has_residual else None, None, None, None
 
 
