@@ -1,13 +1,15 @@
-"""Compile every kernel for GPUs that need not be there, and tell registers, spills and shared memory.
+"""Compile every kernel for GPUs that need not be there, and tell registers, spills, shared memory and instructions.
 
-    python kernels/aot.py [--arch 80 90 100] [--op attention ...] [--table docs/kernels.md] [--json FILE]
+    python kernels/aot.py [--arch 80 90 100] [--op attention ...] [--table docs/kernels.md] [--json FILE] [--quick]
 
 A kernel is compiled exactly as an operation launches it at the shapes of kernels/shapes.py. --table rewrites the table
-between the two marker lines of a Markdown file.
+between the two marker lines of a Markdown file. The exit code is 1 when a kernel takes more than it may.
 """
 
 import argparse
 import json
+import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,36 +17,76 @@ from launches import OPERATIONS
 from offline import SHARED_LIMIT, compile_launches
 
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+# Bytes a thread: none in forward kernels; in backward kernels what is spilled once, outside of the loops.
+MOST_SPILLED = {"forward": 0, "backward": 64}
 
 
-def compile_all(operations: list[str], archs: list[int]) -> list[dict]:
-    """One record for each distinct kernel: its resources, the operation, and every case that uses it."""
-    records: dict[tuple, dict] = {}
+def compile_all(operations: list[str], archs: list[int], *, quick: bool = False) -> list[dict]:
+    """A record for every kernel of every case: the operation, the case, and what the kernel takes."""
+    records = []
     for operation in operations:
-        for label, work in OPERATIONS[operation]():
+        for case in OPERATIONS[operation](quick):
             for arch in archs:
-                for kernel in compile_launches(work, arch):
-                    record = records.setdefault(
-                        (operation, kernel.key), {"operation": operation, "cases": [], **asdict(kernel)}
-                    )
-                    record["cases"].append(label)
-    return list(records.values())
+                named: Counter[str] = Counter()
+                for kernel in compile_launches(case.work, arch):
+                    named[kernel.name] += 1
+                    which = {"operation": operation, "case": case.label, "dtype": case.dtype, "nth": named[kernel.name]}
+                    records.append(which | asdict(kernel))
+    return records
+
+
+def faults(record: dict) -> list[str]:
+    """What is wrong with one kernel."""
+    found = []
+    if record["shared"] > SHARED_LIMIT[record["arch"]]:
+        found.append(f"takes {record['shared']} bytes of shared memory, of {SHARED_LIMIT[record['arch']]}")
+    most = MOST_SPILLED["backward" if is_backward(record) else "forward"]
+    if record["spilled"] > most:
+        found.append(f"spills {record['spilled']} bytes a thread, of {most}")
+    if record["products"] and not record["tensor_core"]:
+        found.append("multiplies without tensor cores")
+    if (
+        record["products"]
+        and record["arch"] == 90
+        and record["dtype"] != "fp32"
+        and "HGMMA" not in record["tensor_core"]
+    ):
+        found.append("multiplies without wgmma")
+    case = f"{record['operation']}, {record['case']}, sm_{record['arch']}: {record['name']}"
+    return [f"{case} {what}" for what in found]
+
+
+def is_backward(record: dict) -> bool:
+    return any(part in record["name"] for part in ("backward", "dkdv", "dq"))
 
 
 def table(records: list[dict]) -> str:
-    """The records as a Markdown table, one row for a kernel and what it is used for, one group of columns an arch."""
-    lines = [
-        "| operation | kernel | for | sm | warps x stages | registers | spilled | shared KB | matrix instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: a row for each kernel, with the cases that share it, and a column for each compute capability."""
+    archs = sorted({record["arch"] for record in records})
+    cells: dict[tuple, dict[int, str]] = {}
     for record in records:
-        matrix = ", ".join(f"{count} {name}" for name, count in record["tensor_core"].items()) or "none"
-        lines.append(
-            f"| {record['operation']} | `{record['name']}` | {'; '.join(record['cases'])} | {record['arch']} | "
-            f"{record['num_warps']} x {record['num_stages']} | {record['registers']} | {record['spilled']} | "
-            f"{record['shared'] / 1024:.0f} | {matrix} |"
-        )
+        key = record["operation"], record["name"], record["nth"], record["case"]
+        cells.setdefault(key, {})[record["arch"]] = _cell(record)
+    rows: dict[tuple, list[str]] = {}
+    for (operation, name, _, case), by_arch in cells.items():
+        rows.setdefault((operation, name, *(by_arch.get(arch, "") for arch in archs)), []).append(case)
+    lines = [
+        f"| operation | kernel | for | {' | '.join(f'sm_{arch}' for arch in archs)} |",
+        "|---" * (3 + len(archs)) + "|",
+    ]
+    for (operation, name, *by_arch), cases in rows.items():
+        lines.append(f"| {operation} | `{name.strip('_')}` | {'; '.join(cases)} | {' | '.join(by_arch)} |")
     return "\n".join(lines)
+
+
+def _cell(record: dict) -> str:
+    """Warps and registers of a thread, shared memory, spilled bytes, matrix instructions; what is none is left out."""
+    parts = [f"{record['num_warps']} warp{'s' * (record['num_warps'] > 1)}", f"{record['registers']} registers"]
+    if record["shared"]:
+        parts.append(f"{record['shared'] / 1024:.1f} KB")
+    if record["spilled"]:
+        parts.append(f"**{record['spilled']} B spilled**")
+    return ", ".join(parts + [f"{count} {name}" for name, count in record["tensor_core"].items()])
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -56,20 +98,25 @@ def rewrite(path: Path, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
     parser.add_argument("--op", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
+    parser.add_argument("--quick", action="store_true", help="only the first and the last shape of each operation")
     parser.add_argument("--table", type=Path, help="Markdown file whose table is rewritten")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
-    args = parser.parse_args()
-    records = compile_all(args.op, args.arch)
+    args = parser.parse_args(argv)
+    records = compile_all(args.op, args.arch, quick=args.quick)
     print(table(records))
-    if args.table:
-        rewrite(args.table, table(records))
     if args.json:
-        args.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    wrong = [line for record in records for line in faults(record)]
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    if args.table and not wrong:
+        rewrite(args.table, table(records))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

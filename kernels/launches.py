@@ -1,19 +1,24 @@
-"""What each operation launches at the shapes of models: its plain functions, to be called on the meta device.
-
-Every function here yields (what the kernels are for, the work that launches them).
-"""
+"""What each operation launches at the shapes of models: its plain functions, to be called on the meta device."""
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import shapes
 
-Case = tuple[str, Callable[[], object]]
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _RATE = 0.1
+
+
+class Case(NamedTuple):
+    """What kernels are for, the type of their inputs, and the work that launches them."""
+
+    label: str
+    dtype: str
+    work: Callable[[], object]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -24,15 +29,24 @@ def _seed() -> Tensor:
     return _meta(dtype=torch.int64)
 
 
-def _in_dtypes(cases: tuple) -> Iterator[tuple[object, torch.dtype, str]]:
-    """Every shape in bf16; the first one also in the other types, whose kernels differ in conversions alone."""
-    for i, shape in enumerate(cases):
-        for dtype, name in _NAMES.items():
-            if i == 0 or dtype == torch.bfloat16:
-                yield shape, dtype, f"{shape.name} {name}"
+def _in_dtypes(all_shapes: tuple, quick: bool) -> Iterator[tuple[object, torch.dtype]]:
+    """Every shape in bf16, the first one in all types, whose kernels differ in conversions alone.
+
+    ``quick`` leaves the first and the last shape in bf16.
+    """
+    for shape in (all_shapes[0], all_shapes[-1]) if quick else all_shapes:
+        yield shape, torch.bfloat16
+    if not quick:
+        yield all_shapes[0], torch.float16
+        yield all_shapes[0], torch.float32
 
 
-def bias_gelu() -> Iterator[Case]:
+def _case(shape, dtype: torch.dtype, variant: str, work: Callable, *args) -> Case:
+    label = ", ".join(part for part in (shape.name, _NAMES[dtype], variant) if part)
+    return Case(label, _NAMES[dtype], functools.partial(work, shape, dtype, *args))
+
+
+def bias_gelu(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.bias_gelu import _backward, _forward
 
     def work(shape: shapes.Rows, dtype: torch.dtype) -> None:
@@ -40,11 +54,11 @@ def bias_gelu() -> Iterator[Case]:
         _forward(x, bias)
         _backward(dy, x, bias)
 
-    for shape, dtype, label in _in_dtypes(shapes.GELU_ROWS):
-        yield label, functools.partial(work, shape, dtype)
+    for shape, dtype in _in_dtypes(shapes.GELU_ROWS, quick):
+        yield _case(shape, dtype, "", work)
 
 
-def add_layer_norm() -> Iterator[Case]:
+def add_layer_norm(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.add_layer_norm import _backward, _forward
 
     def work(shape: shapes.Rows, dtype: torch.dtype, p: float, has_residual: bool, prenorm: bool) -> None:
@@ -55,22 +69,25 @@ def add_layer_norm() -> Iterator[Case]:
         _, total, mean, rstd = _forward(x, residual, weight, bias, seed, p, 1e-5)
         _backward(d_normed, d_sum if prenorm else None, total, weight, mean, rstd, seed, p, has_residual)
 
-    for shape, dtype, label in _in_dtypes(shapes.NORM_ROWS):
-        yield f"{label}, norm alone", functools.partial(work, shape, dtype, 0.0, False, False)
-        for p in (0.0, _RATE):
-            yield f"{label}, pre-norm, p {p:g}", functools.partial(work, shape, dtype, p, True, True)
-    shape = shapes.NORM_ROWS[0]  # of GPT-1, the one model here that normalises after the sum
-    yield f"{shape.name} bf16, post-norm, p {_RATE}", functools.partial(work, shape, torch.bfloat16, _RATE, True, False)
+    for shape, dtype in _in_dtypes(shapes.NORM_ROWS, quick):
+        yield _case(shape, dtype, "norm alone", work, 0.0, False, False)
+        yield _case(shape, dtype, "pre-norm", work, 0.0, True, True)
+        yield _case(shape, dtype, "pre-norm and dropout", work, _RATE, True, True)
+    # GPT-1 is the one model that normalises after the sum.
+    yield _case(shapes.NORM_ROWS[0], torch.bfloat16, "post-norm and dropout", work, _RATE, True, False)
 
 
-def dropout() -> Iterator[Case]:
+def dropout(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.dropout import _forward
 
-    for shape, dtype, label in _in_dtypes(shapes.NORM_ROWS):
-        yield label, functools.partial(_forward, _meta(shape.N, shape.D, dtype=dtype), _seed(), _RATE)
+    def work(shape: shapes.Rows, dtype: torch.dtype) -> None:
+        _forward(_meta(shape.N, shape.D, dtype=dtype), _seed(), _RATE)
+
+    for shape, dtype in _in_dtypes(shapes.NORM_ROWS, quick):
+        yield _case(shape, dtype, "", work)
 
 
-def linear_cross_entropy() -> Iterator[Case]:
+def linear_cross_entropy(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.linear_cross_entropy import _backward, _forward
 
     def work(shape: shapes.Head, dtype: torch.dtype) -> None:
@@ -80,11 +97,11 @@ def linear_cross_entropy() -> Iterator[Case]:
         _backward(loss, n, d_hidden, dtype)
         _backward(loss, n, d_weight, dtype)
 
-    for shape, dtype, label in _in_dtypes(shapes.HEADS):
-        yield label, functools.partial(work, shape, dtype)
+    for shape, dtype in _in_dtypes(shapes.HEADS, quick):
+        yield _case(shape, dtype, "", work)
 
 
-OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {
+OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "bias_gelu": bias_gelu,
     "add_layer_norm": add_layer_norm,
     "dropout": dropout,

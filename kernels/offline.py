@@ -40,6 +40,7 @@ class Kernel:
     registers: int  # of a thread
     spilled: int  # of a thread's registers, to memory
     shared: int  # of a block
+    products: bool  # whether tiles are multiplied
     tensor_core: dict[str, int]  # matrix instructions, by name
     wide_loads: int  # instructions that load 16 bytes a thread
     instructions: int
@@ -107,6 +108,7 @@ def _describe(compiled, arch: int, constants: dict, seconds: float) -> Kernel:
         registers=int(usage["REG"]),
         spilled=int(usage["STACK"]),
         shared=compiled.metadata.shared,
+        products="tt.dot" in compiled.asm["ttir"],
         tensor_core=counts,
         wide_loads=len(_LOAD_128.findall(code)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE)),
