@@ -32,14 +32,26 @@ def _shift(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _keys_kernel(seed_ptr, keys_ptr, n_words, BLOCK: tl.constexpr):
+def _words(seed, i):
     # SplitMix64 (Steele, Lea, Flood 2014) started at the seed: a word of 64 bits is two keys.
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    x = (i + 1).to(tl.int64) * -7046029254386353131 + tl.load(seed_ptr)
+    x = tl.cast(i + 1, tl.int64) * -7046029254386353131 + seed
     x = (x ^ _shift(x, 30)) * -4658895280553007687
     x = (x ^ _shift(x, 27)) * -7723592293110705685
     x = x ^ _shift(x, 31)
-    tl.store(keys_ptr + i, x & -1095216660736, mask=i < n_words)  # ~0xFF in both halves
+    return x & -1095216660736  # ~0xFF in both halves
+
+
+@triton.jit
+def keys(seed, i):
+    """Key ``i`` of all rows and then all columns, int32, for a kernel that needs few of them many times."""
+    word = _words(seed, i >> 1)
+    return tl.where(i & 1 == 0, word.to(tl.int32), (word >> 32).to(tl.int32))
+
+
+@triton.jit
+def _keys_kernel(seed_ptr, keys_ptr, n_words, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    tl.store(keys_ptr + i, _words(tl.load(seed_ptr), i), mask=i < n_words)
 
 
 def dropout_key_table(seed: Tensor, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -22,12 +23,14 @@ _capability: tuple[int, int] | None = None
 
 
 def _mend_interpreter() -> None:
-    """Let Triton 3.6's interpreter work with numpy 2.4, and several times as fast.
+    """Let Triton 3.6's interpreter work with numpy 2.4, round as a GPU does, and be several times as fast.
 
-    A number that a kernel computed can bound a loop: it made an int of an array, which numpy 2.4 no longer does. The
-    language is replaced once for a launch, not again in each call of a device function, which took milliseconds. And
-    each sum of integers is not made a second time to see whether it overflows, as it isn't in a compiled kernel.
+    A number that a kernel computed can bound a loop: it made an int of an array, which numpy 2.4 no longer does.
+    float32 becomes the nearest bfloat16; it was cut off. The language is replaced once for a launch, not again in each
+    call of a device function, which took milliseconds. And each sum of integers is not made a second time to see
+    whether it overflows, as it isn't in a compiled kernel.
     """
+    import numpy as np
     from triton.runtime import interpreter
 
     replace_tensor, replace_language = interpreter._patch_lang_tensor, interpreter._patch_lang
@@ -37,6 +40,16 @@ def _mend_interpreter() -> None:
         replace_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    convert = interpreter._convert_float
+
+    def to_nearest(data, dtype, new_dtype, rounding):
+        if (dtype, new_dtype) != (tl.float32, tl.bfloat16):
+            return convert(data, dtype, new_dtype, rounding)
+        bits = np.ascontiguousarray(data).view(np.uint32).reshape(data.shape)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, nearest).astype(np.uint16)
+
+    interpreter._convert_float = to_nearest
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang_tensor = with_index
@@ -72,6 +85,18 @@ def capability(device: torch.device) -> tuple[int, int]:
     if _capability is not None:
         return _capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 132, as an H100, while recording; 2 in the interpreter, where more would only be slower."""
+    if _recorder is not None:
+        return 132
+    return 2 if INTERPRETED else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

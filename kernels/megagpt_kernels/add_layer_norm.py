@@ -1,0 +1,192 @@
+"""Dropout of a branch, its sum with the residual stream, and LayerNorm of the sum: one pass forward, one backward.
+
+N rows, D width. With x_hat = (sum - mean) rstd and w = d_normed * weight,
+
+    d_sum += rstd (w - mean(w) - x_hat mean(w x_hat)),    d_weight = sum(d_normed x_hat),    d_bias = sum(d_normed)
+
+(Ba, Kiros, Hinton 2016). Every activation is read and written once. The sum is kept for the backward pass, x_hat and
+the dropout mask are made again.
+"""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from megagpt_kernels import masks
+from megagpt_kernels.layer_norm_kernels import backward_kernel, forward_kernel
+from megagpt_kernels.partials import new_partials, sum_partials
+from megagpt_kernels.runtime import launch, multiprocessors
+
+
+def _chunk(D: int, itemsize: int, most: int) -> tuple[int, int]:
+    """Columns of a chunk and warps of a row, so that a thread holds at most ``most`` elements of a row if it can.
+
+    A chunk is 16 bytes for each thread: the widest load there is.
+    """
+    vector, warps = 16 // itemsize, 1
+    while triton.cdiv(D, 32 * vector * warps) * vector > most and warps < 16:
+        warps *= 2
+    return 32 * vector * warps, warps
+
+
+def _resident(warps: int, registers: int) -> int:
+    """Programs that a multiprocessor with its 65,536 registers holds at once; more would have to wait for a place."""
+    return max(1, 65536 // (32 * warps * registers))
+
+
+def _changes(residual: Tensor | None, p: float) -> bool:
+    """Whether the sum is another tensor than x."""
+    return residual is not None or bool(p)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normed, sum, mean, rstd; no elements for the sum where it would be x."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    D = weight.shape[0]
+    n_rows = x.numel() // D
+    normed = torch.empty_like(x)
+    total = torch.empty_like(x) if _changes(residual, p) else None
+    mean, rstd = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    # Compiled for sm_90, 32 elements with everything that belongs to them take 168 registers of a thread. A row of more
+    # than 12288 has to do with 128, in 16 warps, and leaves weight and bias in the cache.
+    chunk, warps = _chunk(D, x.itemsize, 32)
+    programs = min(n_rows, multiprocessors(x.device) * _resident(warps, 168))
+    launch(
+        forward_kernel, (programs,), x, None if residual is None else residual.contiguous(), weight, bias,
+        seed if p else None, normed, total, mean, rstd, n_rows, eps, *masks.threshold_and_scale(p),
+        D=D, CHUNK=chunk, KEEP=D <= 12288, num_warps=warps,
+    )  # fmt: skip
+    return normed, x.new_empty(0) if total is None else total, mean, rstd
+
+
+def _backward(
+    d_normed: Tensor,
+    d_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    p: float,
+    has_residual: bool,
+) -> list[Tensor]:
+    """d_weight, d_bias, dx and, where it is another tensor, d_residual."""
+    d_normed, total, weight = d_normed.contiguous(), total.contiguous(), weight.contiguous()
+    D = weight.shape[0]
+    n_rows = total.numel() // D
+    dx = torch.empty_like(total)
+    d_residual = torch.empty_like(total) if p and has_residual else None
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
+    # A narrow row is a warp's own, so that no warp waits for another; it may take most registers there are.
+    chunk, warps = _chunk(D, total.itemsize, 32 if D <= 1024 else 24)
+    rows, registers = max(1, 4 // warps), 168 if D <= 768 or warps > 1 else 255
+    keep = D <= 8192
+    column_keys = None if keep or not p else masks.dropout_keys(seed, n_rows, D)[1]
+    programs = max(
+        1, min(triton.cdiv(n_rows, rows), multiprocessors(total.device) * _resident(rows * warps, registers))
+    )
+    partials = new_partials(programs, 2, weight)
+    launch(
+        backward_kernel, (programs,), d_normed, None if d_sum is None else d_sum.contiguous(), total, weight,
+        mean, rstd, seed if p else None, column_keys, dx, d_residual, partials, n_rows, *masks.threshold_and_scale(p),
+        D=D, CHUNK=chunk, ROWS=rows, KEEP=keep, num_warps=rows * warps,
+    )  # fmt: skip
+    sum_partials(partials, d_weight, d_bias)
+    return [d_weight, d_bias, dx] if d_residual is None else [d_weight, d_bias, dx, d_residual]
+
+
+@torch.library.custom_op("megagpt::add_layer_norm", mutates_args=())
+def _add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, residual, weight, bias, seed, p, eps)
+
+
+@_add_layer_norm.register_fake
+def _(x, residual, weight, bias, seed, p, eps):
+    like_x = functools.partial(torch.empty_like, x, memory_format=torch.contiguous_format)
+    mean, rstd = (x.new_empty(x.numel() // weight.shape[0], dtype=torch.float32) for _ in range(2))
+    return like_x(), like_x() if _changes(residual, p) else x.new_empty(0), mean, rstd
+
+
+@torch.library.custom_op("megagpt::add_layer_norm_backward", mutates_args=())
+def _add_layer_norm_backward(
+    d_normed: Tensor,
+    d_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    p: float,
+    has_residual: bool,
+) -> list[Tensor]:
+    return _backward(d_normed, d_sum, total, weight, mean, rstd, seed, p, has_residual)
+
+
+@_add_layer_norm_backward.register_fake
+def _(d_normed, d_sum, total, weight, mean, rstd, seed, p, has_residual):
+    like_total = functools.partial(torch.empty_like, total, memory_format=torch.contiguous_format)
+    inputs = [like_total(), like_total()] if p and has_residual else [like_total()]
+    return [torch.empty_like(weight), torch.empty_like(weight), *inputs]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, _, seed, ctx.p, _ = inputs
+    _, total, *statistics = output
+    ctx.has_residual = residual is not None
+    if _changes(residual, ctx.p):
+        ctx.mark_non_differentiable(*statistics)
+    else:
+        ctx.mark_non_differentiable(total, *statistics)
+        total = x
+    ctx.save_for_backward(total, weight, *statistics, seed)
+    ctx.set_materialize_grads(False)  # which would write zeros where no gradient arrives
+
+
+def _derivative(ctx, d_normed, d_sum, *_):
+    total, *saved = ctx.saved_tensors
+    if d_normed is None:
+        d_normed = torch.zeros_like(total)
+    d_weight, d_bias, dx, *d_residual = _add_layer_norm_backward(
+        d_normed, d_sum, total, *saved, ctx.p, ctx.has_residual
+    )
+    d_residual = d_residual[0] if d_residual else dx
+    return dx, d_residual if ctx.has_residual else None, d_weight, d_bias, None, None, None
+
+
+_add_layer_norm.register_autograd(_derivative, setup_context=_setup_context)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, with the biased variance; x (..., D)."""
+    return add_layer_norm(x, None, weight, bias, eps=eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm of ``dropout(x) + residual``; with ``prenorm`` the pair (normalised, sum).
+
+    x and residual (or None) are (..., D) of one dtype; weight and bias (D,) of that dtype or both float32. A row has to
+    fit into a multiprocessor's registers, which spill beyond a D of 16384. ``seed`` is 0-d int64 on x's device. The
+    mask is that of the keys of (N, D), N the product of the other axes.
+    """
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, and x {x.dtype} {tuple(x.shape)}")
+    normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, seed, dropout_p, eps)
+    if not prenorm:
+        return normed
+    return normed, total if _changes(residual, dropout_p) else x
