@@ -120,14 +120,13 @@ class _BlockedAttention(torch.autograd.Function):
         # 16-bit products are emulated on most CPUs, and slower than float32.
         product = wide if q.device.type == "cpu" else q.dtype
         q, k, v = (x.to(product).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
-        q = q * setting.scale
         blocks = _Blocks(q, k, cu_seqlens, setting)
         mask = setting.masks(seed, setting.dropout_p, blocks.mask_shape)
         keep = k.shape[1] <= _KEPT_PER_WIDTH * k.shape[2]
         out, kept = torch.empty_like(q), []
         for heads in blocks.heads():
             for queries, keys, bias in blocks.queries():
-                probs = _probabilities(q[heads, queries], k[heads, keys], bias, wide)
+                probs = _probabilities(q[heads, queries], k[heads, keys], setting.scale, bias, wide)
                 dropped = (probs * mask(heads, queries, keys)).to(product)
                 torch.bmm(dropped, v[heads, keys], out=out[heads, queries])
                 if keep:
@@ -149,20 +148,21 @@ class _BlockedAttention(torch.autograd.Function):
             for queries, keys, bias in blocks.queries():
                 probs = next(kept, None)
                 if probs is None:
-                    probs = _probabilities(q[heads, queries], k[heads, keys], bias, wide)
+                    probs = _probabilities(q[heads, queries], k[heads, keys], setting.scale, bias, wide)
                 multiplier = mask(heads, queries, keys)
                 d_probs = (d_out[heads, queries] @ v[heads, keys].mT).to(wide).mul_(multiplier)
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, wide).to(q.dtype)
                 dropped = torch.mul(probs, multiplier, out=d_probs).to(q.dtype)
                 torch.bmm(d_scores, k[heads, keys], out=dq[heads, queries])
-                dk[heads, keys].baddbmm_(d_scores.mT, q[heads, queries])
+                dk[heads, keys].baddbmm_(d_scores.mT, q[heads, queries], alpha=setting.scale)
                 dv[heads, keys].baddbmm_(dropped.mT, d_out[heads, queries])
         return *_gradients(dq.mul_(setting.scale), dk, dv, ctx), None, None, None
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """softmax(q k^T + bias), the bias on the last keys."""
-    scores = (q @ k.mT).to(dtype)
+def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """softmax(scale * q k^T + bias), the bias on the last keys."""
+    # As a factor of the product the scale costs nothing, and in float16 it comes before the rounding.
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).to(dtype)
     if bias is not None:
         scores[..., -bias.shape[1] :] += bias
     return scores.softmax(-1)
