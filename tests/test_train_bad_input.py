@@ -10,6 +10,8 @@ from corpora import tiny_corpus, write_bytes_corpus
 from distributed import train
 from safetensors.torch import save_file
 
+from megagpt.train import manifest
+
 
 def arguments(folder: Path, **changes) -> list:
     config = folder / "ds.json"
@@ -136,15 +138,21 @@ def test_a_disk_too_small_for_one_checkpoint_is_told_before_the_first_step(tmp_p
     assert "Traceback" not in output
 
 
-def test_training_that_stays_not_finite_stops_with_its_own_code_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = tmp_path / "ds.json"
-    for stage in (0, 1, 3):
-        config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}))
-        run = tmp_path / f"run{stage}"
-        flags = {"run_dir": run, "max_steps": 60, "lr": 1e17, "warmup_steps": 0, "save_interval": 1, "log_interval": 1}
-        codes, output = train(arguments(tmp_path, **flags), 1)
-        assert codes == [6], output
-        assert "10 updates in a row had gradients that are not finite" in output
-        assert "Traceback" not in output
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert records[-1]["skipped_steps"] >= 9
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")], ids=str
+)
+def test_training_that_stays_not_finite_stops_with_its_own_code_and_keeps_the_checkpoints_before(
+    tmp_path, stage, precision
+):
+    """Checkpoints of skipped updates took the place of those from before the trouble."""
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}, "gradient_clipping": 0}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    flags = {"max_steps": 60, "lr": 1e17, "warmup_steps": 0, "save_interval": 1, "log_interval": 1}
+    codes, output = train(arguments(tmp_path, **flags), 1)
+    assert codes == [6], output
+    assert "10 updates in a row had gradients that are not finite" in output
+    assert "Traceback" not in output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first_skipped = next(record["step"] for record in records if record.get("skipped_steps"))
+    saved = [manifest.step_of(folder) for folder in manifest.folders(tmp_path / "run" / "checkpoints")]
+    assert saved[0] == first_skipped - 1

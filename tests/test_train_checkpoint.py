@@ -15,6 +15,7 @@ import pytest
 import torch
 from corpora import tiny_corpus, write_bytes_corpus
 from distributed import free_port, rank_env, train
+from safetensors.torch import save_file
 
 from megagpt.errors import CheckpointError
 from megagpt.train import checkpoint, manifest
@@ -253,12 +254,20 @@ def test_a_full_disk_is_named_and_the_older_checkpoints_stay(tmp_path):
     try:
         code, output = resume(small / "run", ranks=1, max_steps=9)
         assert code == 7, output
-        assert "GB free and a checkpoint takes about" in output or "No space left on device" in output
+        assert "MB free and a checkpoint takes about" in output or "No space left on device" in output
         intact = [f for f in manifest.folders(small / "run" / "checkpoints") if manifest.problem(f) is None]
         assert intact, "the checkpoints written before the disk was full are whole"
         assert not list((small / "run" / "checkpoints").glob(".tmp*")), "and what was half-written is gone"
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_tools_that_cannot_be_put_beside_the_checkpoints_are_done_without(tmp_path):
+    """DeepSpeed copies them on rank 0, whose error left the other ranks waiting."""
+    (tmp_path / "run" / "checkpoints" / "zero_to_fp32.py").mkdir(parents=True)
+    code, output = resume(tmp_path / "run", max_steps=1)
+    assert code == 0, output
+    assert manifest.problem(folder(tmp_path / "run", 1)) is None
 
 
 def test_a_disk_that_fails_in_the_middle_of_a_file_is_reported_as_such(tmp_path):
@@ -294,6 +303,26 @@ def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_ar
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.bfloat16(), saved[name]), name
     assert not torch.equal(weights["wte.weight"], saved["wte.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: weights.pop("wpe.weight"), "there is none"),
+        (lambda weights: weights.update({"wpe.weight": torch.zeros(3, 32)}), "there is one of shape (3, 32)"),
+    ],
+    ids=["missing", "misshapen"],
+)
+def test_weights_that_are_not_what_their_file_says_are_refused_on_all_ranks(finished, tmp_path, damage, words):
+    weights, config = checkpoint.read_weights(finished)
+    damage(weights)
+    save_file(weights, tmp_path / "w.safetensors", metadata={"config": json.dumps(config)})
+    code, output = resume(tmp_path / "new", init_from=tmp_path / "w.safetensors", stage=3)
+    assert code == 3, output
+    assert "wpe.weight should have the shape (16, 32) and" in output
+    assert words in output
+    assert output.count("error:") == 1
+    assert "Traceback" not in output
 
 
 def test_weights_do_not_start_a_run_on_text_of_another_tokenizer(run_dir, tmp_path):

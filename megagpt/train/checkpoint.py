@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +78,13 @@ def check_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
         raise StorageError(
-            f"{root} has {free / 1e9:.2f} GB free and a checkpoint takes about {needed / 1e9:.2f} GB; "
-            f"free some space, lower --keep_last, or choose another --run_dir"
+            f"{root} has {_size(free)} free and a checkpoint takes about {_size(needed)}; "
+            "free some space, lower --keep_last, or choose another --run_dir"
         )
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, needed: int) -> Path:
@@ -93,6 +98,7 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
 
     writer = Writer(tmp)
     engine.checkpoint_engine.save = writer.save
+    engine._copy_recovery_script = partial(_copy_scripts, engine)
     # Without this key DeepSpeed's converter to other numbers of ranks refuses ZeRO-1 and 2.
     client_state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
     engine.save_checkpoint(str(root), tag=tmp.name, client_state=client_state, save_latest=False)
@@ -103,6 +109,12 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
     entries = [manifest.FileEntry(**entry) for share in shares for entry in share]
     dist.everywhere(lambda: _commit(tmp, final, entries, state, config, world_size) if rank == 0 else None)
     return final
+
+
+def _copy_scripts(engine, root: str) -> None:
+    """Put DeepSpeed's tools beside the checkpoints; a run does not end, nor its peers wait, where that fails."""
+    with contextlib.suppress(OSError):
+        type(engine)._copy_recovery_script(engine, root)
 
 
 def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:

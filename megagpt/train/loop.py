@@ -148,7 +148,8 @@ class Loop:
         if due(step, self.intervals.log) or last:
             self._log(loss)
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
-        if due(step, self.intervals.save) or last:
+        # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
+        if (due(step, self.intervals.save) and not self._skipped_in_a_row) or last:
             self._save(final=last, evaluated=evaluated)
 
     def _log(self, loss: Tensor) -> None:

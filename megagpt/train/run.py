@@ -62,7 +62,7 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
     with device, deepspeed_engine.sharded_construction(config):
         model = GPT(plan.model, ops)
     if source is None and plan.init_weights is not None:
-        _load_weights(model, plan)
+        _load_weights(model, plan, ops)
     # From here on the generators of the ranks differ: each drops its own units.
     _seed(settings.seed + 1 + world.rank)
     optimizer, optimizer_line = _build_optimizer(model, plan, device)
@@ -196,17 +196,29 @@ def _build_optimizer(model, plan: Plan, device: torch.device):
     )
 
 
-def _load_weights(model: GPT, plan: Plan) -> None:
+def _load_weights(model: GPT, plan: Plan, ops: Ops) -> None:
     """Start from --init_from's weights. Rank 0 reads them; the others get them as they get a fresh model's."""
-    weights, _ = dist.everywhere(lambda: checkpoint.read_weights(plan.init_weights) if dist.is_main() else ({}, {}))
+    weights = dist.everywhere(lambda: _read_weights(plan, ops) if dist.is_main() else {})
     for name, parameter in model.named_parameters():
         with deepspeed_engine.full_parameters([parameter], plan.config, modify=True):
-            if not dist.is_main():
-                continue
-            if name not in weights:
-                raise CheckpointError(f"{plan.init_weights} has no tensor {name!r}; it is not of a MegaGPT model")
-            with torch.no_grad():
-                parameter.copy_(weights[name])
+            if dist.is_main():
+                with torch.no_grad():
+                    parameter.copy_(weights[name])
+
+
+def _read_weights(plan: Plan, ops: Ops) -> dict[str, torch.Tensor]:
+    """The weights of --init_from. Raises CheckpointError where they are not those of the plan's model."""
+    weights, _ = checkpoint.read_weights(plan.init_weights)
+    with torch.device("meta"):
+        expected = GPT(plan.model, ops)
+    for name, parameter in expected.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = f"one of shape {tuple(weights[name].shape)}" if name in weights else "none"
+            raise CheckpointError(
+                f"{plan.init_weights} does not hold the weights of the model it describes: {name} should have the "
+                f"shape {tuple(parameter.shape)} and there is {found}; use a file that MegaGPT wrote"
+            )
+    return weights
 
 
 @contextmanager
