@@ -44,10 +44,10 @@ class TrainSettings:
     valid_data: tuple[str, ...] = ()  # validation sets, NAME=PREFIX each
     sampler: Literal["random", "epoch"] = "epoch"  # windows at random starts, or each window once an epoch
 
-    # how long; gpt1 trains 100 epochs and 1.3b ... 175b 300 billion tokens unless one of these is given
+    # how long
     max_steps: int | None = None  # optimiser steps
-    max_tokens: int | None = None  # ... or tokens to train on
-    epochs: float | None = None  # ... or passes over the corpus
+    max_tokens: int | None = None  # ... or tokens to train on; 1.3b ... 175b take 300 billion where no length is given
+    epochs: float | None = None  # ... or passes over the corpus; gpt1 makes 100 where no length is given
 
     # the optimiser
     optimizer: Literal["adamw", "openai_adam", "apex"] | None = None  # adamw by default
