@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from distributed import run_ranks
 
 from megagpt.train import manifest
 
@@ -111,6 +112,31 @@ def test_pruning_neither_counts_nor_deletes_what_was_passed_over(tmp_path):
         make(tmp_path, step)
     assert manifest.prune(tmp_path, keep_last=2, keep=set(), passed_over={6, 5}) == [2, 1]
     assert [manifest.step_of(p) for p in manifest.folders(tmp_path)] == [6, 5, 4, 3]
+
+
+def _newest_on_this_rank(folder):
+    """What a run resumes from, where each rank sees a folder of its own: that of another node, not yet up to date."""
+    import torch
+
+    from megagpt.train import checkpoint
+
+    torch.distributed.init_process_group("gloo")
+    try:
+        root = folder / f"seen_by_rank{torch.distributed.get_rank()}"
+        found, skipped = manifest.newest_intact(root, checkpoint.problem, checkpoint.folders)
+        return found.name, skipped
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree_where_one_does_not_see_the_newest_checkpoint_yet(tmp_path):
+    """Each rank went through its own list, and they waited for each other with different questions."""
+    for rank, steps in enumerate(([1, 2, 3], [1, 2])):
+        root = tmp_path / f"seen_by_rank{rank}"
+        for step in steps:
+            make(root, step)
+    answers = [answer for answer, _ in run_ranks(_newest_on_this_rank, 2, tmp_path)]
+    assert answers == [("global_step2", ["skipped checkpoint global_step3: it has no manifest.json"])] * 2
 
 
 def test_latest_is_replaced_whole(tmp_path):

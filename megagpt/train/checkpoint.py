@@ -161,6 +161,11 @@ def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, worl
         raise StorageError(f"cannot commit the checkpoint {final}: {error.strerror}") from None
 
 
+def folders(root: Path) -> list[Path]:
+    """Like :func:`manifest.folders`, as rank 0 sees them: on a network disk another node may see an older state."""
+    return [root / name for name in dist.gather_json([folder.name for folder in manifest.folders(root)])[0]]
+
+
 def problem(folder: Path) -> str | None:
     """Like :func:`manifest.problem`, with the reading shared out: every rank calls it and gets the same answer."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

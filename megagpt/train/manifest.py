@@ -204,11 +204,15 @@ def problem(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def newest_intact(root: Path, problem: Callable[[Path], str | None] = problem) -> tuple[Path | None, list[str]]:
+def newest_intact(
+    root: Path,
+    problem: Callable[[Path], str | None] = problem,
+    folders: Callable[[Path], list[Path]] = folders,
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under ``root`` that verifies, and one line for each newer one that does not.
 
-    ``problem`` is how one is verified. Raises CheckpointError when there are checkpoints and none is intact: starting
-    again from step 0 would throw the run away.
+    ``problem`` is how one is verified and ``folders`` how they are found. Raises CheckpointError when there are
+    checkpoints and none is intact: starting again from step 0 would throw the run away.
     """
     skipped = []
     for folder in folders(root):
@@ -224,7 +228,11 @@ def newest_intact(root: Path, problem: Callable[[Path], str | None] = problem) -
     return None, skipped
 
 
-def locate(path: Path, problem: Callable[[Path], str | None] = problem) -> tuple[Path, list[str]]:
+def locate(
+    path: Path,
+    problem: Callable[[Path], str | None] = problem,
+    folders: Callable[[Path], list[Path]] = folders,
+) -> tuple[Path, list[str]]:
     """The checkpoint folder meant by ``path``: itself, or the newest intact one of a run folder.
 
     With it one line for each newer one that was passed over. Raises CheckpointError when there is none.
@@ -234,7 +242,7 @@ def locate(path: Path, problem: Callable[[Path], str | None] = problem) -> tuple
         if reason:
             raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
         return path, []
-    folder, skipped = newest_intact(root_of(path), problem)
+    folder, skipped = newest_intact(root_of(path), problem, folders)
     if folder is None:
         raise nothing_there(path)
     return folder, skipped

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megagpt import dist
 from megagpt.errors import ConfigError
 from megagpt.train import checkpoint, manifest
 from megagpt.train.plan import Plan
@@ -12,21 +13,27 @@ _ARRANGEMENT = {"activation_checkpointing"}  # of the computation: any value giv
 def checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if any, and what the user should know about those passed over.
 
-    Raises ConfigError where there is one that this run cannot go on from, CheckpointError where none is usable.
+    Every rank calls this. Raises ConfigError where there is one that this run cannot go on from, CheckpointError where
+    none is usable.
     """
     wanted = plan.settings.resume
-    if wanted == "never":
-        _refuse_any(plan)
-        return None, []
+    source, notes = None, []
     if wanted == "auto":
-        source, notes = manifest.newest_intact(plan.root, checkpoint.problem)
-    else:
-        source, notes = manifest.locate(Path(wanted), checkpoint.problem)
+        source, notes = manifest.newest_intact(plan.root, checkpoint.problem, checkpoint.folders)
+    elif wanted != "never":
+        source, notes = manifest.locate(Path(wanted), checkpoint.problem, checkpoint.folders)
+    dist.everywhere(lambda: _check(plan, source, notes) if dist.is_main() else None)
+    return source, notes
+
+
+def _check(plan: Plan, source: Path | None, notes: list[str]) -> None:
+    if plan.settings.resume == "never":
+        _refuse_any(plan)
+    elif plan.settings.resume != "auto":
         _refuse_two_histories(plan, source, notes)
     if source is not None:
         _check_same_run(plan, source)
         checkpoint.check_layout(source, plan.config)
-    return source, notes
 
 
 def load(engine, source: Path, plan: Plan) -> checkpoint.TrainState:
