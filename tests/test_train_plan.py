@@ -10,6 +10,7 @@ from megagpt.config.fields import parse
 from megagpt.data.indexed import IndexedDataset
 from megagpt.dist import resolve_world
 from megagpt.errors import ConfigError
+from megagpt.train.corpus import data_lines
 from megagpt.train.plan import make_plan
 
 
@@ -52,3 +53,17 @@ def test_flags_change_the_dropout_of_a_preset(tmp_path):
 def test_a_short_run_has_a_short_warm_up(tmp_path):
     assert planned(tmp_path, "--max_steps", 100).schedule.warmup_steps == 10
     assert planned(tmp_path, "--max_steps", 100, "--warmup_steps", 60).schedule.warmup_steps == 60
+
+
+def test_the_log_says_what_a_run_sees_of_each_corpus(tmp_path):
+    plan = planned(tmp_path, "--model", "tiny", "--max_steps", 10)
+    n_windows = plan.corpora.train.n_windows
+    (line,) = data_lines(plan.corpora, 3 * n_windows)
+    assert line == f"data {tiny_corpus()}: {3 * n_windows:,} samples, 3 epochs"
+
+
+def test_a_validation_set_that_is_trained_on_is_told(tmp_path):
+    sets = [f"seen={tiny_corpus()}", f"unseen={tiny_corpus()}-valid"]
+    plan = planned(tmp_path, "--model", "tiny", "--max_steps", 10, "--valid_data", *sets)
+    warnings = [line for line in data_lines(plan.corpora, 80) if "WARNING" in line]
+    assert warnings == ["WARNING: the validation set seen is trained on as well; its losses say nothing"]

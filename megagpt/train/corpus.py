@@ -90,14 +90,19 @@ def _check_one_tokenizer(datasets: list[IndexedDataset]) -> None:
 
 
 def data_lines(corpora: Corpora, samples: int) -> list[str]:
-    """What a run of ``samples`` windows sees of each corpus, one line each."""
-    if not isinstance(corpora.train, Blend):
-        epochs = samples / corpora.train.n_windows
-        return [f"data {corpora.parts[0].prefix}: {samples:,} samples, {epochs:.2f} epochs"]
+    """What a run of ``samples`` windows sees of each corpus, one line each, and what about it deserves a warning."""
     lines = []
-    for row in corpora.train.table(samples):
-        note = "  <- seen more than once and a half" if row.epochs > _WARN_EPOCHS else ""
-        lines.append(
-            f"data {row.name}: weight {row.weight:.3f}, {row.samples:,} samples, {row.epochs:.2f} epochs{note}"
-        )
+    if isinstance(corpora.train, Blend):
+        for row in corpora.train.table(samples):
+            note = "  <- seen more than once and a half" if row.epochs > _WARN_EPOCHS else ""
+            lines.append(
+                f"data {row.name}: weight {row.weight:.3f}, {row.samples:,} samples, {row.epochs:.3g} epochs{note}"
+            )
+    else:
+        epochs = samples / corpora.train.n_windows
+        lines.append(f"data {corpora.parts[0].prefix}: {samples:,} samples, {epochs:.3g} epochs")
+    trained_on = [part.identity() for part in corpora.parts]
+    for name, windows in corpora.valid.items():
+        if windows.dataset.identity() in trained_on:
+            lines.append(f"WARNING: the validation set {name} is trained on as well; its losses say nothing")
     return lines
