@@ -57,7 +57,7 @@ def faults(record: dict) -> list[str]:
 
 
 def is_backward(record: dict) -> bool:
-    return any(part in record["name"] for part in ("backward", "dkdv", "dq"))
+    return any(part in record["name"] for part in ("backward", "delta", "dkdv", "dq", "convert"))
 
 
 def table(records: list[dict]) -> str:

@@ -46,6 +46,32 @@ def _case(shape, dtype: torch.dtype, variant: str, work: Callable, *args) -> Cas
     return Case(label, _NAMES[dtype], functools.partial(work, shape, dtype, *args))
 
 
+def attention(quick: bool) -> Iterator[Case]:
+    from megagpt_kernels.attention_backward import backward
+
+    from megagpt_kernels.attention_forward import Setting, forward
+
+    def work(shape: shapes.Attention, dtype: torch.dtype, p: float, deterministic: bool, documents: bool) -> None:
+        B, H, T, K = shape.B, shape.H, shape.T, shape.K
+        qkv, dqkv = (_meta(B, T, 3, H, K, dtype=dtype).permute(2, 0, 3, 1, 4).unbind() for _ in range(2))
+        setting = Setting(causal=True, dropout_p=p, scale=K**-0.5, deterministic=deterministic)
+        cu_seqlens = _meta(5, dtype=torch.int32) if documents else None
+        saved = forward(*qkv, _seed() if p else None, cu_seqlens, setting)
+        backward(_meta(B, T, H, K, dtype=dtype), *qkv, *saved, setting, *dqkv)
+
+    for shape, dtype in _in_dtypes(shapes.MODEL_ATTENTION, quick):
+        yield _case(shape, dtype, "", work, 0.0, False, False)
+        yield _case(shape, dtype, "dropout", work, _RATE, False, False)
+        yield _case(shape, dtype, "deterministic", work, 0.0, True, False)
+        if not quick:
+            yield _case(shape, dtype, "dropout, deterministic", work, _RATE, True, False)
+    if not quick:
+        yield _case(shapes.MODEL_ATTENTION[0], torch.bfloat16, "documents", work, 0.0, False, True)
+        for shape in (*shapes.WIDTH_ATTENTION, *shapes.SWEEP_ATTENTION):
+            yield _case(shape, torch.bfloat16, "", work, 0.0, False, False)
+            yield _case(shape, torch.bfloat16, "dropout", work, _RATE, False, False)
+
+
 def bias_gelu(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.bias_gelu import _backward, _forward
 
@@ -102,6 +128,7 @@ def linear_cross_entropy(quick: bool) -> Iterator[Case]:
 
 
 OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "attention": attention,
     "bias_gelu": bias_gelu,
     "add_layer_norm": add_layer_norm,
     "dropout": dropout,
