@@ -44,11 +44,9 @@ lint: install
 bench: install
 	$(BIN)/python kernels/benchmarks/cpu_data.py && $(BIN)/python kernels/benchmarks/cpu_train.py
 
-# A python that already has torch for its GPU will do; another one is named by PYTHON.
+# Uses PYTHON where that has a torch that sees the GPU, else the virtual environment.
 gpu:
-	@if $(PYTHON) -c 'import pytest, torch, triton; assert torch.cuda.is_available()' 2>/dev/null; \
-	then PYTHON=$(PYTHON) OUT=$(OUT) kernels/gpu.sh; \
-	else $(MAKE) install && PYTHON=$(BIN)/python OUT=$(OUT) kernels/gpu.sh; fi
+	PYTHON='$(PYTHON)' OUT='$(OUT)' kernels/gpu.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

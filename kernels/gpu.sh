@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # All tests of the kernels on this machine's GPU, then every benchmark, in ten minutes; everything goes to the folder OUT.
-# PYTHON needs torch, triton, numpy and pytest, and nothing of this project installed. BENCH has more flags for bench.py.
+# A PYTHON with torch, triton and pytest that sees the GPU is used as it is, with nothing of this project installed;
+# otherwise the virtual environment is made. BENCH has more flags for bench.py.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
-SECONDS=0
 
+if ! "$PYTHON" -c 'import pytest, torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then
+    make install PYTHON="$PYTHON" || exit
+    PYTHON=.venv/bin/python
+fi
+SECONDS=0
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # Those two need no GPU: they compile for GPUs that are not there, and try the benchmarks on the CPU.

@@ -17,7 +17,8 @@ from megagpt.tools.quickstart import port_flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/troubleshooting.md")
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / "docs" / name for name in ("architecture.md", "kernels.md", "troubleshooting.md")),
 ]
 
 # What a recipe asks for is replaced by the least that shows it works.

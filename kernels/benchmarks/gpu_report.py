@@ -15,7 +15,7 @@ from gpu_measure import FIELDS, Ceilings
 
 def describe(device: torch.device) -> dict:
     """The device and the versions of what runs on it."""
-    on = {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton_version()}
+    on = {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton()}
     if device.type != "cuda":
         return {"device": timing.machine()["cpu"], "threads": torch.get_num_threads(), **on}
     found = torch.cuda.get_device_properties(device)
@@ -40,12 +40,13 @@ def smi(*fields: str) -> str:
         return "unknown"
 
 
-def _triton_version() -> str:
+def _triton() -> str:
     try:
         import triton
     except ImportError:
         return "absent"
-    return triton.__version__
+    interpreted = " (interpreted: times of kernels mean nothing)" if triton.knobs.runtime.interpret else ""
+    return triton.__version__ + interpreted
 
 
 @dataclass
