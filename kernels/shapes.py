@@ -39,11 +39,11 @@ class Head:
 MODEL_ATTENTION = (
     Attention("gpt1", 64, 12, 512, 64),
     Attention("gpt2-small", 32, 12, 1024, 64),
-    Attention("gpt2-medium", 16, 16, 1024, 64),
     Attention("1.3b", 8, 16, 2048, 128),
     Attention("1.3b, 32 heads", 8, 32, 2048, 64),
     Attention("6.7b", 4, 32, 2048, 128),
     Attention("13b", 4, 40, 2048, 128),
+    Attention("gpt2-medium", 16, 16, 1024, 64),
     Attention("13b, T 4096", 2, 40, 4096, 128),
 )
 # 16k tokens of width 2048, as the FlashAttention-3 paper's figure 5 has them.

@@ -5,6 +5,7 @@ The plain loop is tests/reference_gpt.py, with torch's own attention, dropout an
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from megagpt.ops import Ops, load_ops
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 import reference_gpt
+
+_COMPILE_S = 4.0  # of a layer, forward and backward, about
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 class Backends:
-    """Makes the models of one case, and tells which are wrong. ``ids`` and ``targets`` (B, T) are a batch for them."""
+    """Makes the models of one case, and tells which are wrong. ``ids`` and ``targets`` (B, T) are a batch for them.
 
-    def __init__(self, case: Case, clock: Clock) -> None:
-        self.case, self.clock, self.device = case, clock, clock.device
+    ``deadline`` is the moment of time.monotonic() after which nothing long is begun.
+    """
+
+    def __init__(self, case: Case, clock: Clock, deadline: float) -> None:
+        self.case, self.clock, self.device, self.deadline = case, clock, clock.device, deadline
         config = case.config
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (case.B, config.seq_len + 1)
@@ -123,6 +129,8 @@ class Backends:
             raise Absent("it compiles for a minute on a CPU; kernels/benchmarks/cpu_train.py compares there")
         if self.case.dropout and not dropout:
             raise Absent("this project's dropout in plain torch is a definition, not made to be compiled")
+        if time.monotonic() + _COMPILE_S * self.case.config.n_layer > self.deadline:
+            raise Absent("no time was left to compile it; give more --minutes, or none")
         return lambda: torch.compile(make(), dynamic=False)
 
     def wrong(self, models: dict[str, Callable[[], nn.Module]]) -> dict[str, str]:

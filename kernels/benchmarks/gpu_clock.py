@@ -15,7 +15,7 @@ _MOST_RUNS = 500
 class Clock:
     """Times single runs of work. ``warmup_ms`` and ``rep_ms`` say how long one call of :meth:`samples` goes on."""
 
-    def __init__(self, device: torch.device, *, warmup_ms: float = 15, rep_ms: float = 40) -> None:
+    def __init__(self, device: torch.device, *, warmup_ms: float = 10, rep_ms: float = 30) -> None:
         self.device, self.warmup_ms, self.rep_ms = device, warmup_ms, rep_ms
         self.on_gpu = device.type == "cuda"
         # Overwritten before every run, so that nothing is read from the cache that the run before left it in.

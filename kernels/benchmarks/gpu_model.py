@@ -25,17 +25,18 @@ from megagpt.ops import Ops
 from megagpt.train.hardware import peak_flops
 
 ROUNDS, WARM_UP = 3, 5
+_CASE_S = 25  # that a case takes at least, about
 _BYTES_A_PARAMETER = 22  # weight and gradient in 16 bits, master, its gradient and two moments in 32
 
 
 def measure_models(clock: Clock, report: Report, wanted: tuple[str, ...], deadline: float, *, quick: bool) -> None:
     """Add a record for each case and backend to ``report``."""
     for i, case in enumerate(cases(clock.device, quick)):
-        if time.monotonic() > deadline:
+        if time.monotonic() + (_CASE_S if clock.on_gpu else 0) > deadline:
             report.skipped.append(f"model: {case}")
             continue
         try:
-            bench = Bench(case, clock, *((1, 1) if quick else (ROUNDS, WARM_UP)))
+            bench = Bench(case, clock, deadline, *((1, 1) if quick else (ROUNDS, WARM_UP)))
             records = bench.measure(wanted, contributions=i == 0 and not quick)
         except Exception as error:  # the rest is still worth measuring
             traceback.print_exc()
@@ -50,9 +51,9 @@ def measure_models(clock: Clock, report: Report, wanted: tuple[str, ...], deadli
 class Bench:
     """Times the backends of one case."""
 
-    def __init__(self, case: Case, clock: Clock, rounds: int, warm_up: int) -> None:
+    def __init__(self, case: Case, clock: Clock, deadline: float, rounds: int, warm_up: int) -> None:
         self.case, self.clock, self.rounds, self.warm_up = case, clock, rounds, warm_up
-        self.backends = Backends(case, clock)
+        self.backends = Backends(case, clock, deadline)
         heads = (case.B, case.config.seq_len, case.config.n_head, case.config.head_width)
         self.sdpa = fastest_sdpa(clock, heads, case.dtype, case.dropout)
 

@@ -66,17 +66,18 @@ class Verdict:
 
 def judge(problem: Problem) -> dict[str, Verdict]:
     """A verdict on each provider of ``problem``."""
-    truth = _of_part(problem, problem.definition, torch.float64)
-    limits = {
-        # Twice the definition's own error, and a rounding: nothing is exact where the definition happens to be.
-        name: 2 * error + torch.finfo(problem.dtype).eps / 2
-        for name, error in _errors(_of_part(problem, problem.definition, problem.dtype), truth).items()
-    }
+    # Dropout masks are those of the whole problem; without them its parts know nothing of each other.
+    define = _of_all if problem.undropped else _of_part
+    truth = define(problem, problem.definition, torch.float64)
+    errors = _errors(define(problem, problem.definition, problem.dtype), truth)
+    # Twice the definition's own error, and a rounding: nothing is exact where the definition happens to be.
+    limits = {name: 2 * error + torch.finfo(problem.dtype).eps / 2 for name, error in errors.items()}
     undropped = _of_part(problem, problem.undropped, torch.float64) if problem.own_masks else truth
     verdicts = {}
     for name, call in problem.providers.items():
         try:
-            found = _of_all(problem, call)
+            _poison([*problem.inputs.values(), *problem.upstream])
+            found = _of_all(problem, call, problem.dtype)
         except Exception as error:  # a peer may refuse a shape with any exception
             verdicts[name] = Verdict(float("nan"), float("nan"), f"cannot run: {first_line(error)}")
             continue
@@ -105,22 +106,27 @@ def _on_average(found: Tensor, dropped: Tensor, undropped: Tensor) -> Verdict:
     )
 
 
-def _of_all(problem: Problem, call: Call) -> dict[str, Tensor]:
-    """The part of a provider's outputs and gradients that is compared."""
-    _poison([*problem.inputs.values(), *problem.upstream])
-    found = _results(call, problem.inputs, problem.upstream)
+def _of_all(problem: Problem, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients, computed in ``dtype`` for the whole problem; the part of them that is compared."""
+    inputs = {name: _in_dtype(x, dtype) for name, x in problem.inputs.items()}
+    found = _results(call, inputs, problem.upstream)
     return {name: problem.part(x) if x.dim() else x for name, x in found.items()}
 
 
 def _of_part(problem: Problem, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and gradients of a definition, computed in ``dtype`` for the part that is compared."""
+    """Outputs and gradients, computed in ``dtype`` for the part that is compared."""
 
     def cut(x: Tensor) -> Tensor:
-        x = problem.part(x.detach()) if x.dim() else x.detach()
-        return x.to(dtype) if x.is_floating_point() else x
+        return problem.part(x) if x.dim() else x
 
-    inputs = {name: cut(x).requires_grad_(x.requires_grad) for name, x in problem.inputs.items()}
+    inputs = {name: _in_dtype(x, dtype, cut) for name, x in problem.inputs.items()}
     return _results(call, inputs, tuple(cut(d) for d in problem.upstream))
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype, cut: Callable = lambda x: x) -> Tensor:
+    """A leaf like x; numbers that are not floating keep their type."""
+    leaf = cut(x.detach())
+    return (leaf.to(dtype) if x.is_floating_point() else leaf).requires_grad_(x.requires_grad)
 
 
 def _results(call: Call, inputs: dict[str, Tensor], upstream: tuple[Tensor, ...]) -> dict[str, Tensor]:
