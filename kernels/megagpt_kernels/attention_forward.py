@@ -25,7 +25,7 @@ from megagpt_kernels.attention_parts import (
     scaled,
     seen_keys,
     store,
-    tiles_between,
+    tiles_of_keys,
     zeros,
 )
 from megagpt_kernels.masks import dropout_key_table, keep, threshold_and_scale
@@ -43,12 +43,12 @@ class Setting:
     scale: float
     deterministic: bool
 
-    def options(self, q: Tensor, k: Tensor, bounds: Tensor | None) -> dict:
+    def options(self, q: Tensor, bounds: Tensor) -> dict:
         """Compile-time arguments that all kernels have."""
         W0, W1 = WIDTHS[q.shape[-1]]
         return {
             "CAUSAL": self.causal,
-            "DOCUMENTS": bounds is not None,
+            "DOCUMENTS": bounds.shape[1] > 0,
             "DROPOUT": self.dropout_p > 0,
             "W0": W0,
             "W1": W1,
@@ -87,13 +87,13 @@ def _step(
     total = total * faded + tl.sum(probs, 1)
     if DROPOUT:
         column_keys = tl.load(column_keys_ptr + j, mask=j < Tkv, other=0) if MASKED else tl.load(column_keys_ptr + j)
-        probs = tl.where(keep(row_keys[:, None], column_keys[None, :], threshold), probs, 0.0)
+        probs *= tl.where(keep(row_keys[:, None], column_keys[None, :], threshold), 1.0, 0.0)
     v = load(v_ptr, n, v_stride, Tkv, MASKED, KEYS, W0, W1)
     acc = dot_nn(probs, v, scaled(acc, faded[:, None], W1), W1, PRECISION)
     return acc, total, new
 
 
-@triton.jit(do_not_specialize=["n_heads", "H", "group", "Tq", "Tkv", "threshold"])
+@triton.jit(do_not_specialize=["n_heads", "H", "group", "threshold"])
 def _forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
     row_keys_ptr, column_keys_ptr, bounds_ptr, n_heads, H, group, Tq, Tkv, scale, threshold, multiplier,
@@ -115,7 +115,7 @@ def _forward_kernel(
         column_keys_ptr += head.to(tl.int64) * Tkv
 
     low, high = seen_keys(i, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS)
-    begin, full, full_end, end = tiles_between(low, high, KEYS)
+    begin, full, full_end, end = tiles_of_keys(m, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS, QUERIES, KEYS)
     acc = zeros(QUERIES, W0, W1)
     total = tl.zeros([QUERIES], tl.float32)
     highest = tl.zeros([QUERIES], tl.float32) + _LOWEST
@@ -144,28 +144,31 @@ def with_strides(*tensors: Tensor) -> list:
     return [argument for x in tensors for argument in (x, x.stride()[:3])]
 
 
-def split_keys(keys: Tensor | None, n_rows: int) -> tuple[Tensor | None, Tensor | None]:
-    """The dropout keys of rows and of columns."""
-    return (None, None) if keys is None else (keys[:n_rows], keys[n_rows:])
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, cu_seqlens: Tensor | None, setting: Setting
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out (B, Tq, H, K), lse (B * H, Tq), dropout keys of all rows and columns, bounds) of q, k, v (B, H, T, K)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out (B, Tq, H, K), lse (B * H, Tq), dropout keys (B * H * (Tq + Tkv),), bounds (2, Tkv)) of q, k, v.
+
+    The last two are empty without dropout and documents.
+    """
     B, H, Tq, K = q.shape
     Tkv = k.shape[2]
     out = torch.empty(B, Tq, H, K, dtype=q.dtype, device=q.device)
     lse = torch.empty(B * H, Tq, dtype=torch.float32, device=q.device)
-    keys = dropout_key_table(seed, B * H * (Tq + Tkv)) if setting.dropout_p else None
-    bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, Tkv)
+    if setting.dropout_p:
+        keys = dropout_key_table(seed, B * H * (Tq + Tkv))
+    else:
+        keys = torch.empty(0, dtype=torch.int32, device=q.device)
+    if cu_seqlens is None:
+        bounds = torch.empty(2, 0, dtype=torch.int32, device=q.device)
+    else:
+        bounds = document_bounds(cu_seqlens, Tkv)
     threshold, multiplier = threshold_and_scale(setting.dropout_p)
     tile = setting.tile("forward", q, k)
     launch(
         _forward_kernel, (triton.cdiv(Tq, tile.queries) * B * H,),
-        *with_strides(q, k, v, out.transpose(1, 2)), lse, *split_keys(keys, B * H * Tq), bounds,
+        *with_strides(q, k, v, out.transpose(1, 2)), lse, keys[: B * H * Tq], keys[B * H * Tq :], bounds,
         B * H, H, heads_in_group(B * H, Tkv, K, q.itemsize), Tq, Tkv, setting.scale * LOG2_E, threshold, multiplier,
-        QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
-        **setting.options(q, k, bounds),
+        **tile.options(), **setting.options(q, bounds),
     )  # fmt: skip
     return out, lse, keys, bounds

@@ -76,6 +76,16 @@ def store(ptr, begin, stride, n, parts, ROWS: tl.constexpr, W0: tl.constexpr, W1
 
 
 @triton.jit
+def add(ptr, begin, stride, n, parts, RAGGED: tl.constexpr, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    """Add to what :func:`load` would load, each element at once but in no order."""
+    base = ptr + tl.cast(begin, tl.int64) * stride
+    mask = (begin + tl.arange(0, ROWS) < n)[:, None] if RAGGED else None
+    tl.atomic_add(base + _part_offsets(stride, ROWS, 0, W0), parts[0], mask=mask, sem="relaxed")
+    if W1 > 0:
+        tl.atomic_add(base + _part_offsets(stride, ROWS, W0, W1), parts[1], mask=mask, sem="relaxed")
+
+
+@triton.jit
 def scaled(parts, factor, W1: tl.constexpr):
     out = (parts[0] * factor,)
     if W1 > 0:
@@ -105,9 +115,9 @@ def dot_nn(a, b, acc, W1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def seen_keys(i, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The interval of keys that each query of ``i`` sees. A row beyond the last sees what the last one sees."""
+    """The interval of keys that query ``i`` sees; both ends never fall as i grows. A row beyond the last is as that."""
     position = tl.minimum(i, Tq - 1) + Tkv - Tq
-    low = tl.zeros_like(i)
+    low = position * 0
     high = low + Tkv
     if DOCUMENTS:
         low = tl.load(bounds_ptr + position, mask=position >= 0, other=0)
@@ -119,9 +129,9 @@ def seen_keys(i, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.conste
 
 @triton.jit
 def seeing_queries(j, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The interval of queries that see each key of ``j``; nobody sees a key beyond the last."""
+    """The interval of queries that see key ``j``; both ends never fall as j grows. None sees a key beyond the last."""
     position = tl.minimum(j, Tkv - 1)
-    low = tl.zeros_like(j)
+    low = position * 0
     high = low + Tq
     if DOCUMENTS:
         low = tl.maximum(tl.load(bounds_ptr + position) + Tq - Tkv, 0)
@@ -132,17 +142,32 @@ def seeing_queries(j, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.c
 
 
 @triton.jit
-def tiles_between(low, high, BLOCK: tl.constexpr):
-    """For rows that see the intervals ``low`` to ``high``: (begin, full, full_end, end).
+def _tiles_between(first_low, first_high, last_low, last_high, BLOCK: tl.constexpr):
+    full = tl.cdiv(last_low, BLOCK) * BLOCK
+    return first_low // BLOCK * BLOCK, full, tl.maximum(full, first_high // BLOCK * BLOCK), last_high
 
-    From ``begin`` to ``end`` there is something to see, in steps of BLOCK; from ``full`` to ``full_end`` all rows see
-    all. full <= full_end.
+
+@triton.jit
+def tiles_of_keys(
+    m, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """What a tile of queries from m on sees, in tiles of keys: (begin, full, full_end, end).
+
+    From ``begin`` to ``end`` there is something to see; from ``full`` to ``full_end`` all see all. full <= full_end.
     """
-    begin = tl.min(low, 0) // BLOCK * BLOCK
-    end = tl.max(high, 0)
-    full = tl.cdiv(tl.max(low, 0), BLOCK) * BLOCK
-    full_end = tl.min(high, 0) // BLOCK * BLOCK
-    return begin, full, tl.maximum(full, full_end), end
+    first_low, first_high = seen_keys(m, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS)
+    last_low, last_high = seen_keys(m + QUERIES - 1, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS)
+    return _tiles_between(first_low, first_high, last_low, last_high, KEYS)
+
+
+@triton.jit
+def tiles_of_queries(
+    n, bounds_ptr, Tq, Tkv, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """Who sees a tile of keys from n on, likewise in tiles of queries."""
+    first_low, first_high = seeing_queries(n, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS)
+    last_low, last_high = seeing_queries(n + KEYS - 1, bounds_ptr, Tq, Tkv, CAUSAL, DOCUMENTS)
+    return _tiles_between(first_low, first_high, last_low, last_high, QUERIES)
 
 
 @triton.jit

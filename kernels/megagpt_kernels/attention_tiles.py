@@ -14,6 +14,10 @@ class Tile:
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        """As compile-time arguments of a kernel."""
+        return {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
 
 def choose(kernel: str, *, K: int, T: int, dtype: torch.dtype, dropout: bool, capability: tuple[int, int]) -> Tile:
     """The tile of ``kernel`` ("forward", "dkdv", "dkdv_dq" or "dq") for head width K and T keys."""

@@ -30,9 +30,9 @@ def _mend_interpreter() -> None:
     call of a device function, which took milliseconds. And each sum of integers is not made a second time to see
     whether it overflows, as it isn't in a compiled kernel.
     """
-    import numpy as np
     from triton.runtime import interpreter
 
+    np = interpreter.np
     replace_tensor, replace_language = interpreter._patch_lang_tensor, interpreter._patch_lang
     everywhere = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 

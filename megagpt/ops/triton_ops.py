@@ -11,6 +11,6 @@ def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device) -> str
         return "the package megagpt_kernels is not installed"
     import megagpt_kernels
 
-    if not hasattr(megagpt_kernels, "attention"):
+    if not hasattr(megagpt_kernels, "linear"):
         return "this version of megagpt_kernels has no operations"
     return None
