@@ -195,7 +195,7 @@ def test_every_dropout_of_a_pass_has_a_seed_of_its_own_and_the_rate_of_its_place
     ops = dataclasses.replace(
         model.ops,
         dropout=noting(model.ops.dropout, "p"),
-        attention=noting(model.ops.attention, "dropout_p"),
+        packed_attention=noting(model.ops.packed_attention, "dropout_p"),
         add_layer_norm=noting(model.ops.add_layer_norm, "dropout_p"),
     )
     GPT(model.config, ops)(*batch())

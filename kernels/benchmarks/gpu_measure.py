@@ -102,14 +102,8 @@ def _sampler(clock: Clock, work):
 
 
 def against_peers(name: str, medians: dict[str, list[float]]) -> dict:
-    """The fastest of the others, and how many times as fast as it this one is, round by round.
-
-    What stands behind a comma in a name is a variant of the same provider.
-    """
-    family = name.partition(",")[0]
-    others = {
-        other: statistics.median(values) for other, values in medians.items() if other.partition(",")[0] != family
-    }
+    """The fastest of the others, and how many times as fast as it this one is, round by round."""
+    others = {other: statistics.median(values) for other, values in medians.items() if other != name}
     if not others:
         return {}
     best = min(others, key=others.get)

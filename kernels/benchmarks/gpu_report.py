@@ -10,7 +10,6 @@ from pathlib import Path
 
 import timing
 import torch
-from gpu_goals import goals, goals_table
 from gpu_measure import FIELDS, Ceilings
 
 
@@ -83,8 +82,6 @@ class Report:
             "A speed-up is the time of the fastest other provider over one's own, the median over rounds in which they "
             "took turns.",
         ]
-        if found := goals(self.on["device"], self.rows, self.steps):
-            parts += ["## Goals", goals_table(found)]
         timed = [row for row in self.rows if row["status"] == "timed"]
         for op in dict.fromkeys(row["op"] for row in timed):
             parts += [f"## {op}", rows_table(row for row in timed if row["op"] == op)]

@@ -67,14 +67,13 @@ class CausalSelfAttention(nn.Module):
         self.dropout_p = config.attn_dropout
         self.qkv = Linear(config.d_model, 3 * config.d_model, init.STD, ops)
         self.proj = Linear(config.d_model, config.d_model, init.residual_std(config), ops)
-        self.attention = ops.attention
+        self.packed_attention = ops.packed_attention
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, K)
-        y = self.attention(q, k, v, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        y = self.packed_attention(qkv, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
+        return self.proj(y.reshape(B, T, D))
 
 
 class MLP(nn.Module):

@@ -20,6 +20,7 @@ class Ops:
     """What a decoder computes with. Signatures and meaning are those of the functions in ``torch_ops``."""
 
     attention: Callable
+    packed_attention: Callable
     bias_gelu: Callable
     add_layer_norm: Callable
     layer_norm: Callable

@@ -24,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "packed_attention",
     "why_not",
 ]
 
@@ -68,6 +69,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, **opti
     if dropout_p or product_dtype(q) == q.dtype:
         return torch_ops.attention(q, k, v, dropout_p=dropout_p, masks=PooledMasks, **options)
     return torch_ops.attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+
+
+def packed_attention(qkv: Tensor, **options) -> Tensor:
+    """``torch_ops.packed_attention``."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return attention(q, k, v, **options).transpose(1, 2)
 
 
 _SLOPE, _CUBE = 2 * 0.7978845608028654, 0.044715  # GELU(u) = u sigmoid(_SLOPE (u + _CUBE u^3)); sqrt(2 / pi)

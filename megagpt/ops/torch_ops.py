@@ -22,6 +22,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "packed_attention",
     "why_not",
 ]
 
@@ -29,6 +30,19 @@ __all__ = [
 def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """None: torch serves every head width, dtype and device."""
     return None
+
+
+def packed_attention(
+    qkv: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Causal ``attention`` of q, k and v side by side, (B, T, 3, H, K), as one projection gives them: (B, T, H, K)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale, cu_seqlens=cu_seqlens).transpose(1, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
