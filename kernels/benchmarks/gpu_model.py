@@ -76,6 +76,8 @@ class Bench:
         products = self._products_ms()
         for name, each in samples.items():
             times = self._rates(sorted(value for block in each for value in block))
+            if self.clock.on_gpu:  # what is left of a step is time in which the GPU waits
+                notes[name]["kinds"]["idle"] = max(0.0, times["ms"] - sum(notes[name]["kinds"].values()))
             records.append(
                 self._record(
                     name, status="timed", **times, **against_peers(name, rounds), **notes[name], products_ms=products

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first that matches counts. Names are those of CUDA kernels on a GPU, of torch's operators on a CPU.
 _KINDS = {
-    "attention": r"attention|attn|flash|fmha|sdpa",
+    "attention": r"attention|attn|flash|fmha|sdpa|dkdv|_dq_|_delta_",
     "norm": r"norm",
     "gelu": r"gelu",
     "loss": r"cross_entropy|softmax|nll|loss",
@@ -21,7 +21,7 @@ _STEPS = 2
 
 
 def kinds(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """ms a step of each kind of work; "idle" is the time in which the GPU waits."""
+    """ms a step of each kind of work."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, acc_events=True) as trace:
