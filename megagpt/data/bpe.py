@@ -1,17 +1,21 @@
 """Training a byte-pair vocabulary: byte-level as in GPT-2, or of characters with word ends as in GPT-1."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from megagpt.data.encode import pieces
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.data.vocabularies import END_OF_TEXT, UNKNOWN, set_text_rules
+from megagpt.data.vocabularies import END_OF_TEXT, UNKNOWN, definition, set_text_rules
 from megagpt.errors import ConfigError, nearest
 
 _STYLES = ("bytelevel", "wordend")
 _SMALLEST = 257  # all bytes and the end of text
 _LARGEST = 1_000_000
+_CHARACTERS = 1000  # at most this many in a word-end vocabulary; GPT-1's has 238
+_END = "</w>"
 
 
 class Training(NamedTuple):
@@ -39,31 +43,66 @@ def parse_training(spec: str) -> Training | None:
 def train(texts: Iterable[str], training: Training) -> Tokenizer | None:
     """A vocabulary of at most ``training.vocab_size`` tokens from ``texts``; None where there is no text.
 
-    The end-of-text token is among them. Small texts give a smaller vocabulary.
+    The end-of-text token is among them. Small texts give a smaller vocabulary. ``texts`` may be gone over twice; equal
+    texts give equal tokenizers in any process, so that the shards of a corpus share theirs.
     """
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
+    return _word_end(texts, training) if training.style == "wordend" else _byte_level(texts, training)
 
-    word_end = training.style == "wordend"
-    if word_end:
-        model, special, alphabet = models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"), [UNKNOWN, END_OF_TEXT], []
-    else:
-        model, special, alphabet = models.BPE(), [END_OF_TEXT], pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = tokenizers.Tokenizer(model)
-    set_text_rules(tokenizer, word_end=word_end)
-    trainer = trainers.BpeTrainer(
-        vocab_size=training.vocab_size,
-        special_tokens=special,
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-        min_frequency=2,
-        **({"end_of_word_suffix": "</w>", "limit_alphabet": 1000} if word_end else {}),
-    )
+
+def _byte_level(texts: Iterable[str], training: Training) -> Tokenizer | None:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    set_text_rules(tokenizer, word_end=False)
     counted = _Counted(texts)
-    tokenizer.train_from_iterator(counted, trainer)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(counted, _trainer(training, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet))
     if not counted.characters:
         return None
     return Tokenizer(tokenizer.to_str().encode(), f"train:{training.vocab_size}")
+
+
+def _word_end(texts: Iterable[str], training: Training) -> Tokenizer | None:
+    """As GPT-1's vocabulary: every character as such and as a word's last one, then the merges.
+
+    The library numbers characters at word ends in the order of a hash table that differs in every process, and breaks
+    ties between pairs by these numbers. Given as special tokens they have fixed ones, and are made plain afterwards.
+    """
+    import tokenizers
+    from tokenizers import models
+
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=_END))
+    set_text_rules(tokenizer, word_end=True)
+    alphabet = _alphabet(texts, tokenizer.normalizer, min(_CHARACTERS, training.vocab_size // 4))
+    if not alphabet:
+        return None
+    trainer = _trainer(
+        training,
+        special_tokens=[UNKNOWN, END_OF_TEXT, *alphabet, *(character + _END for character in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        end_of_word_suffix=_END,
+    )
+    tokenizer.train_from_iterator(_Counted(texts), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    content = definition(model["vocab"], [tuple(pair) for pair in model["merges"]], word_end=True)
+    return Tokenizer(content, f"train:{training.vocab_size}:wordend")
+
+
+def _trainer(training: Training, **options):
+    from tokenizers import trainers
+
+    return trainers.BpeTrainer(vocab_size=training.vocab_size, min_frequency=2, show_progress=False, **options)
+
+
+def _alphabet(texts: Iterable[str], normalizer, n: int) -> list[str]:
+    """The ``n`` most frequent characters of words, in the order of their code points."""
+    counts: Counter[str] = Counter()
+    for text in _Counted(texts):
+        counts.update(normalizer.normalize_str(text))
+    by_frequency = sorted((-count, c) for c, count in counts.items() if c == "\n" or not c.isspace())
+    return sorted(c for _, c in by_frequency[:n])
 
 
 class _Counted:

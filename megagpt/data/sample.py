@@ -1,33 +1,60 @@
 """A sample of a corpus to train a tokenizer on: every file in proportion to its size, without reading all of them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from megagpt.data.clean import clean_gpt1
 from megagpt.data.documents import Skipped, texts
+from megagpt.data.progress import Progress
 from megagpt.data.readers import Reading, blocks
 from megagpt.data.sources import Source, part_of
 
 _PLACES = 16  # parts of a large file of lines from which its share is taken
 
 
-def sample_texts(
-    sources: list[Source], reading: Reading, json_key: str, *, clean: str, n_bytes: int, skipped: Skipped
-) -> Iterator[str]:
-    """Texts of about ``n_bytes`` in all; all texts where there are fewer. What is no text is noted in ``skipped``.
+@dataclass
+class Sample:
+    """Texts of about ``n_bytes`` in all; all texts where there are fewer. They can be gone over again.
 
-    A large file that can be entered anywhere gives parts from all along it, any other one its beginning.
+    A large file that can be entered anywhere gives parts from all along it, any other one its beginning. ``skipped``
+    notes what was no text.
     """
-    total = sum(source.size for source in sources)
-    allowed = 0.0
-    for source in sources:
-        allowed += n_bytes * source.size / total
-        for part in _spread(source, allowed):
-            for block in blocks([part], reading):
-                if allowed <= 0:
-                    break
-                for text in texts(block, json_key, skipped):
-                    allowed -= len(text)
-                    yield clean_gpt1(text) if clean == "gpt1" else text
+
+    sources: list[Source]
+    reading: Reading
+    json_key: str
+    clean: str
+    n_bytes: int
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __iter__(self) -> Iterator[str]:
+        self.skipped = Skipped()
+        total = sum(source.size for source in self.sources)
+        before = allowed = 0.0
+        done = 0
+        with Progress("sample", self.n_bytes) as progress:
+            for source in self.sources:
+                share = self.n_bytes * source.size / total
+                allowed += share
+                taken = 0
+                for text in self._texts(source, allowed):
+                    taken += len(text)
+                    progress.update(round(before + min(taken, share)), done + taken)
+                    yield clean_gpt1(text) if self.clean == "gpt1" else text
+                allowed -= taken
+                before += share
+                done += taken
+
+    def _texts(self, source: Source, n_bytes: float) -> Iterator[str]:
+        """Texts of ``source`` until they are ``n_bytes`` long."""
+        taken = 0
+        for part in _spread(source, n_bytes):
+            for block in blocks([part], self.reading):
+                if taken >= n_bytes:
+                    return
+                for text in texts(block, self.json_key, self.skipped):
+                    taken += len(text)
+                    yield text
 
 
 def _spread(source: Source, n_bytes: float) -> list[Source]:
