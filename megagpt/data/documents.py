@@ -12,6 +12,7 @@ from megagpt.errors import DataError, nearest
 
 _BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 _SHOWN = 3  # examples kept of each block
+_MAX_KEYS = 1000  # different keys remembered: lines may have any
 
 NO_KEY, EMPTY, REPLACED = "key not found", "empty", "not UTF-8, damaged characters replaced"
 
@@ -32,6 +33,8 @@ class Skipped:
     def add(self, other: "Skipped") -> None:
         self.counts += other.counts
         self.keys += other.keys
+        if len(self.keys) > _MAX_KEYS:
+            self.keys = Counter(dict(self.keys.most_common(_MAX_KEYS // 2)))
         self.examples += other.examples[: _SHOWN - len(self.examples)]
 
     def to_dict(self) -> dict:
@@ -136,8 +139,9 @@ def _decoded(data: bytes, begins: bool, skipped: Skipped) -> str:
 
 
 def _lines(block: Block, key: str, skipped: Skipped) -> Iterator[str]:
-    lines = _decoded(block.data, block.line == 1, skipped).split("\n")
-    return iter(lines[:-1] if not lines[-1] else lines)
+    lines = _decoded(block.data, True, skipped).split("\n")
+    # files with a byte order mark may have been put one behind the other
+    return (line.removeprefix("\ufeff") for line in (lines[:-1] if not lines[-1] else lines))
 
 
 def _paragraphs(block: Block, key: str, skipped: Skipped) -> Iterator[str]:

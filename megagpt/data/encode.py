@@ -2,17 +2,19 @@
 
 Where the vocabulary is byte-level and tiktoken is installed, tiktoken does the work, several times faster. It orders
 merges by the id of what they make instead of by their position in a list, so it is used only where both orders are
-the same, and every call compares the start of its first text with the library.
+the same, and one text in about a megabyte has its start compared with the library.
 """
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 
 from megagpt.data.tokenizer import Tokenizer
 
 # GPT-2's pattern, with possessive quantifiers where they change nothing but the time taken
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_COMPARED = 4096  # characters of the first text of a call that both libraries encode
+_COMPARED = 4096  # characters of a text that both libraries encode, once in every _COMPARED_EVERY
+_COMPARED_EVERY = 1 << 20
 _PIECE = 1 << 20  # characters that are encoded at once: the libraries need many bytes for each
 _SAFE_CUT = re.compile(r"[A-Za-z0-9](?= [A-Za-z0-9])")
 
@@ -33,25 +35,43 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
 
 
 class Encoder:
-    """Encodes many texts with one tokenizer. ``fast`` says whether tiktoken does it."""
+    """Encodes texts with one tokenizer. ``fast`` says whether tiktoken does it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        tokenizer.exact  # noqa: B018 the library judges the definition before anything here believes it
         self._tiktoken = _tiktoken(tokenizer)
+        self._since_compared = _COMPARED_EVERY  # characters
 
     @property
     def fast(self) -> bool:
         return self._tiktoken is not None
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text. Raises DataError where the tokenizer cannot encode one."""
-        if self.fast and texts:
-            start = texts[0][:_COMPARED]
+    def __call__(self, text: str, begins: bool = True) -> Iterator[list[int]]:
+        """The ids of ``text``, which ``begins`` or continues a document, in lists of a bounded number.
+
+        Raises DataError where the tokenizer cannot encode it.
+        """
+        if self.fast and self._since_compared >= _COMPARED_EVERY:
+            self._since_compared = 0
+            start = text[:_COMPARED]
             if self._fast_ids(start) != self._tokenizer.encode(start):
                 self._tiktoken = None
-        if not self.fast:
-            return [self._joined(text) for text in texts]
-        return [self._fast_ids(text) for text in texts]
+        self._since_compared += len(text)
+        for piece in pieces(text):
+            if self.fast:
+                yield self._fast_ids(piece)
+            elif begins or not self._adds_space:
+                yield self._tokenizer.encode(piece)
+            else:
+                yield self._tokenizer.encode(piece.removeprefix(" "))
+            begins = False
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before whatever it is given, as those of Llama's kind do."""
+        encode = self._tokenizer.encode
+        return encode("a") + encode(" b") != encode("a b") == encode("a") + encode("b")
 
     def _fast_ids(self, text: str) -> list[int]:
         try:
@@ -59,12 +79,7 @@ class Encoder:
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException:  # a panic, as on very long runs of one character
-            return self._joined(text)
-
-    def _joined(self, text: str) -> list[int]:
-        if len(text) <= _PIECE:
             return self._tokenizer.encode(text)
-        return [i for piece in pieces(text) for i in self._tokenizer.encode(piece)]
 
 
 def _tiktoken(tokenizer: Tokenizer):
@@ -82,7 +97,7 @@ def _byte_ranks(definition: dict) -> dict[bytes, int] | None:
     """{bytes: id} of a byte-level vocabulary cut by GPT-2's rules; None for anything else."""
     model, cut = definition["model"], definition.get("pre_tokenizer") or {}
     plain = {"type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": False}
-    if any(model.get(name, value) != value for name, value in plain.items()):
+    if "merges" not in model or any(model.get(name, value) != value for name, value in plain.items()):
         return None
     if any(model.get(name) for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")):
         return None

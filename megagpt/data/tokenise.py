@@ -14,6 +14,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.data.writer import Counts
 
 _KEYED = 4096  # characters of a document that decide on which side of the split it is
+_HELD = 1 << 19  # ids in a list, where each takes 40 bytes, before they go into an array
 _SPACES = np.zeros(256, bool)
 _SPACES[list(b" \t\n\r\v\f")] = True
 
@@ -23,6 +24,7 @@ class Recipe:
     """Everything that decides which ids a block becomes."""
 
     tokenizer_json: bytes
+    tokenizer_name: str = "the corpus's tokenizer"  # for messages
     json_key: str = "text"
     clean: str = "none"
     shuffle_sentences: bool = False
@@ -52,7 +54,7 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._tokenizer = Tokenizer(recipe.tokenizer_json, "the corpus's tokenizer")
+        self._tokenizer = Tokenizer(recipe.tokenizer_json, recipe.tokenizer_name)
         self._encode = Encoder(self._tokenizer)
         self._dtype = dtype_for(self._tokenizer.vocab_size)
 
@@ -73,22 +75,29 @@ class Worker:
         return number < self._recipe.valid_fraction * 2**64
 
     def _part(self, originals: list[str], block: Block, skipped: Skipped) -> Part:
-        encoded = self._encode([self._prepared(text, block.begins) for text in originals])
-        flat: list[int] = []
+        arrays: list[np.ndarray] = []
+        held: list[int] = []
         lengths: list[int] = []
         counts = Counts()
-        for text, ids in zip(originals, encoded, strict=True):
-            if not ids and block.begins and block.ends:
+        for text in originals:
+            length = 0
+            for ids in self._encode(self._prepared(text, block.begins), block.begins):
+                length += len(ids)
+                held += ids
+                if len(held) > _HELD:
+                    arrays.append(np.array(held, self._dtype))
+                    held = []
+            if not length and block.begins and block.ends:
                 skipped.note(EMPTY)
                 continue
             if block.ends and self._tokenizer.eot_id is not None:
-                ids.append(self._tokenizer.eot_id)
-            flat.extend(ids)
-            lengths.append(len(ids))
+                held.append(self._tokenizer.eot_id)
+                length += 1
+            lengths.append(length)
             utf8 = text.encode()
             counts.n_words += _n_words(utf8)
             counts.n_bytes += len(utf8)
-        ids = np.array(flat, self._dtype)
+        ids = np.concatenate([*arrays, np.array(held, self._dtype)])
         counts.n_tokens, counts.max_id = len(ids), int(ids.max(initial=0))
         if not block.ends:
             return Part(ids, np.empty(0, np.int64), len(ids), counts)

@@ -49,13 +49,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without any added at its ends."""
+        exact = self.exact
         with _library_errors(self._source):
-            return self.exact.encode(text, add_special_tokens=False).ids
+            return exact.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; special tokens by their names."""
+        exact = self.exact
         with _library_errors(self._source):
-            return self.exact.decode(list(ids), skip_special_tokens=False)
+            return exact.decode(list(ids), skip_special_tokens=False)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer.json. Raises StorageError."""
@@ -133,9 +135,12 @@ def _vocab_size(definition: dict, source: str) -> int:
     else:
         raise DataError(f"{source} is not a tokenizer.json: its model has no vocabulary")
     tokens = dict(vocab) if isinstance(vocab, dict) else {}
-    for token in definition.get("added_tokens") or []:
-        if not isinstance(token, dict) or "content" not in token or "id" not in token:
-            raise DataError(f"{source}: {token!r} among its added tokens has no content and id")
+    added = definition.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise DataError(f"{source} is not a tokenizer.json: its added tokens are no list")
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or "id" not in token:
+            raise DataError(f"{source}: {str(token)[:80]!r} among its added tokens has no content and id")
         if token["content"] not in tokens:
             ids.append(token["id"])
         elif tokens[token["content"]] != token["id"]:

@@ -93,11 +93,12 @@ def _serve(connection, make: Callable, argument) -> None:
     """The life of a worker: tasks in, results out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+    function = None
     try:
-        function = make(argument)
         while True:
             task = connection.recv()
             try:
+                function = function or make(argument)
                 reply = (None, function(task))
             except Exception as error:
                 reply = (type(error).__name__, str(error))
