@@ -34,6 +34,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # codes that can hold ids
 
 _CHECKED_AT_OPEN = 1 << 20  # sequences whose every length and pointer is checked when a corpus is opened
+_READ_AT_START = 1 << 30  # bytes of tokens that are read in a second or so
 _CHUNK = 1 << 18  # entries looked at together, so that a check of any corpus needs a few megabytes
 
 
@@ -77,6 +78,7 @@ class IndexedDataset:
             self.check_index()
         self.info = CorpusInfo.read(Path(self.prefix + ".json"))
         self._check_info()
+        self._limit: int | None = None
         self._views: np.ndarray | None = None  # (n_tokens - length + 1, length), row i the tokens from i on
         self._fits_in_memory = self._bin_bytes < _physical_memory() // 2
         if not self._fits_in_memory and hasattr(mmap, "MADV_RANDOM"):
@@ -122,14 +124,20 @@ class IndexedDataset:
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The ``length`` tokens from each of ``starts`` on, of ``dtype`` (len(starts), length), copied.
 
-        Raises DataError when the file has been cut short since it was opened.
+        Raises DataError when the file has been cut short since it was opened, and for ids that are to be refused.
         """
         self.check_unchanged()
         if not self._fits_in_memory:
             self._prefetch(starts.tolist(), length)
         if self._views is None or self._views.shape[1] != length:
             self._views = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
-        return self._views[starts]  # one gather: twice as fast as a loop over rows
+        rows = self._views[starts]  # one gather: twice as fast as a loop over rows
+        if self._limit is not None and rows.size and not 0 <= rows.min() <= rows.max() < self._limit:
+            raise DataError(
+                f"{self._bin_path} has ids from {rows.min():,} to {rows.max():,}, which a vocabulary of "
+                f"{self._limit:,} does not have; prepare it with the model's tokenizer"
+            )
+        return rows
 
     def _prefetch(self, starts: list[int], length: int) -> None:
         """Have the disk fetch all windows of a batch at once instead of one page fault after another."""
@@ -182,9 +190,18 @@ class IndexedDataset:
                     f"its sidecar states {name} = {stated:,} and the files have {found:,}", Path(self.prefix + ".json")
                 )
 
-    def max_id(self) -> int:
-        """The largest id: the sidecar's, else found by reading all tokens."""
-        return self.info.max_id if self.info is not None else self.largest_id()
+    def needed_vocabulary(self) -> int | None:
+        """How many rows a model needs for this corpus: as the sidecar says, else found by reading all tokens.
+
+        None for a corpus without a sidecar that is too large for that; see ``refuse_ids_from``.
+        """
+        if self.info is not None:
+            return max(self.info.vocab_size, self.info.max_id + 1)
+        return self.largest_id() + 1 if self._bin_bytes <= _READ_AT_START else None
+
+    def refuse_ids_from(self, limit: int) -> None:
+        """Have ``read`` raise DataError for windows with an id from ``limit`` on or below zero."""
+        self._limit = limit
 
     def largest_id(self) -> int:
         """The largest id among the tokens, all of which are read. Raises DataError for a negative one."""

@@ -182,13 +182,13 @@ class EvalWindows:
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of windows ``indices`` (each below n_windows), both int64 (len(indices), seq_len)."""
         T, n_tokens = self.seq_len, self.dataset.n_tokens
-        self.dataset.check_unchanged()
         ids = np.zeros((len(indices), T), np.int64)
         targets = np.full((len(indices), T), _IGNORED, np.int64)
         for row, index in enumerate(np.asarray(indices).tolist()):
             if not 0 <= index < self.n_windows:
                 raise IndexError(f"window {index} of {self.n_windows}")
-            window = self.dataset.tokens[index * T : min(index * T + T + 1, n_tokens)]
+            start = np.array([index * T])
+            window = self.dataset.read(start, min(T + 1, n_tokens - index * T))[0]
             ids[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         return ids, targets

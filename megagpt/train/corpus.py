@@ -40,8 +40,10 @@ class Corpora:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError where a corpus holds ids that a model of ``vocab_size`` rows has no row for."""
         for dataset in [*self.parts, *(windows.dataset for windows in self.valid.values())]:
-            needed = max(dataset.info.vocab_size, dataset.info.max_id + 1) if dataset.info else dataset.max_id() + 1
-            if needed > vocab_size:
+            needed = dataset.needed_vocabulary()
+            if needed is None:  # told when such an id comes up: reading the whole corpus first would take too long
+                dataset.refuse_ids_from(vocab_size)
+            elif needed > vocab_size:
                 raise DataError(
                     f"{dataset.prefix} needs a vocabulary of {needed:,} and the model has {vocab_size:,}; "
                     f"use --vocab_size {needed} or prepare the corpus with the model's tokenizer"
