@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagpt.data.indexed import HEADER, MAGIC, IndexedDataset, dtype_for
+from megagpt.data.windows import EvalWindows
 from megagpt.data.writer import CorpusWriter, Counts, WriterState
 from megagpt.errors import DataError
 
@@ -116,6 +117,19 @@ def test_a_writer_taken_up_again_writes_the_same_corpus(tmp_path_factory, docume
         assert Path(str(folder / "again") + ending).read_bytes() == Path(whole + ending).read_bytes()
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_document_too_long_for_the_index_is_refused(tmp_path, ends):
+    """Its length wrapped around. The first 2**31 - 10 tokens of it are only pretended here."""
+    writer = CorpusWriter(tmp_path, "part", 100)
+    writer.state.open_length = 2**31 - 10
+    lengths, rest = (np.array([9]), 0) if ends else (np.empty(0, np.int64), 9)
+    writer.append(np.arange(9), lengths, rest, Counts(1, 9, 9, 9, 8))
+    writer.state.open_length = 2**31 - 10
+    with pytest.raises(DataError, match=r"more than 2,147,483,647 tokens, .* --document paragraph or line"):
+        writer.append(np.arange(10), lengths + 1, 0 if ends else 10, Counts(1, 10, 10, 10, 9))
+    writer.close()
+
+
 def test_megatron_reads_what_we_write(corpus):
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     theirs = megatron.IndexedDataset(corpus)
@@ -137,7 +151,7 @@ def test_we_read_what_megatron_writes(tmp_path, dtype):
     dataset = IndexedDataset(prefix)
     assert [dataset.document(i).tolist() for i in range(len(dataset))] == [[1, 2, 3, 4, 5], [6]]
     assert dataset.document_lengths(0, 2).tolist() == [5, 1]
-    assert (dataset.info, dataset.max_id(), dataset.dtype) == (None, 6, dtype)
+    assert (dataset.info, dataset.needed_vocabulary(), dataset.dtype) == (None, 7, dtype)
     assert dataset.identity()["sha256"].startswith("sampled:")
 
 
@@ -240,29 +254,57 @@ def test_a_negative_id_is_found(tmp_path):
     prefix = without_sidecar(write(tmp_path, [[1, 2, 3]], 70_000))
     Path(prefix + ".bin").write_bytes(np.array([1, -2, 3], np.int32).tobytes())
     with pytest.raises(DataError, match="negative token id"):
-        IndexedDataset(prefix).max_id()
+        IndexedDataset(prefix).largest_id()
+
+
+def test_a_large_corpus_without_a_sidecar_is_checked_as_it_is_read(tmp_path):
+    """Megatron-LM's tell nothing of their ids, and reading terabytes before the first step would take hours."""
+    prefix, n_tokens = str(tmp_path / "large"), 2**29 + 100
+    with open(prefix + ".bin", "wb") as file:
+        file.seek(2 * n_tokens - 2)
+        file.write(struct.pack("<H", 60_000))
+    index = HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", n_tokens, 0, 0, 1)
+    Path(prefix + ".idx").write_bytes(index)
+    dataset = IndexedDataset(prefix)
+    assert dataset.needed_vocabulary() is None
+    dataset.refuse_ids_from(60_000)
+    assert not dataset.read(np.array([0, n_tokens - 20]), 10).any()
+    with pytest.raises(DataError, match="ids from 0 to 60,000, which a vocabulary of 60,000 does not have"):
+        dataset.read(np.array([0, n_tokens - 10]), 10)
+    dataset.refuse_ids_from(60_001)
+    assert dataset.read(np.array([n_tokens - 10]), 10).max() == 60_000
+
+
+def test_validation_windows_are_checked_as_they_are_read(tmp_path):
+    dataset = IndexedDataset(write(tmp_path, [[1, 2, 3, 4, 900]]))
+    dataset.refuse_ids_from(900)
+    windows = EvalWindows(dataset, 2)
+    windows.batch(np.array([0]))
+    with pytest.raises(DataError, match="ids from 3 to 900"):
+        windows.batch(np.array([1]))
 
 
 def test_an_empty_corpus_can_be_opened(tmp_path):
     dataset = IndexedDataset(write(tmp_path, [[]]))
-    assert (dataset.n_tokens, dataset.document(0).tolist(), dataset.max_id()) == (0, [], 0)
+    assert (dataset.n_tokens, dataset.document(0).tolist(), dataset.largest_id()) == (0, [], 0)
 
 
 HUGE = """
-import resource, sys, time
+import re, sys, time
 import numpy as np
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.windows import Windows
-def rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, begun = rss(), time.perf_counter()
+def peak():  # getrusage would give the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+before, begun = peak(), time.perf_counter()
 dataset = IndexedDataset(sys.argv[1])
 for sampler in ("random", "epoch"):
     Windows(dataset, 1024, sampler=sampler, seed=1).batch(np.arange(400_000_000, 400_000_064))
-print(dataset.n_tokens, time.perf_counter() - begun, rss() - before)
+print(dataset.n_tokens, time.perf_counter() - begun, peak() - before)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is found in /proc")
 def test_a_corpus_of_a_million_million_tokens_opens_at_once_in_little_memory(tmp_path):
     """Sparse files stand for the real ones: two terabytes of tokens in a thousand million documents."""
     n_tokens, n_documents = 10**12, 10**9

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from megagpt.data.bpe import parse_training, train
 from megagpt.data.documents import Skipped, no_documents
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.info import CorpusInfo
 from megagpt.data.prepare import PrepareSettings
 from megagpt.data.progress import Progress
 from megagpt.data.readers import Block, Reading, blocks
-from megagpt.data.sample import sample_texts
+from megagpt.data.sample import Sample
 from megagpt.data.sources import Source
 from megagpt.data.tokenise import Recipe, Result, Worker
 from megagpt.data.tokenizer import from_file, load
@@ -46,31 +47,34 @@ class Job:
         bases = [settings.output, f"{settings.output}-valid"][: len(self._names)]
         self._prefixes = [base + suffix for base in bases]
         self._recorded = {name: v for name, v in asdict(settings).items() if name not in _WITHOUT_EFFECT}
-        self._recorded["fingerprint"] = self._fingerprint()
+        # Copies of the input on several machines differ in their times: shards are told to belong together without.
+        whole = self._fingerprint(shard=None, times=False)
+        self._recorded |= {"whole": whole, "fingerprint": self._fingerprint(shard=settings.shard, times=True)}
         self.folder = WorkFolder(Path(f"{settings.output}{suffix}.preparing"), self._recorded["fingerprint"])
         self._skipped = Skipped()
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, *, shard: str | None, times: bool) -> str:
         """A hash of all that the corpus depends on: settings, tokenizer, and the files' names, sizes and times."""
         tokenizer = self._tokenizer.sha256 if self._tokenizer else self._settings.tokenizer
-        sources = [asdict(source) for source in self._everything]
-        content = json.dumps([self._recorded | {"tokenizer": tokenizer}, sources], sort_keys=True)
+        sources = [asdict(source) | ({} if times else {"mtime_ns": 0}) for source in self._everything]
+        content = json.dumps([self._recorded | {"tokenizer": tokenizer, "shard": shard}, sources], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def already_done(self) -> dict[str, CorpusInfo] | None:
         """The sidecars of the corpus if the same job has made it before, else None. ConfigError for another corpus."""
         if self.folder.state():  # it may have been interrupted while it replaced another corpus
             return None
-        existing = [ending for ending in (".bin", ".idx", ".json") if os.path.exists(self._prefixes[0] + ending)]
+        paths = [prefix + ending for prefix in self._prefixes for ending in (".bin", ".idx", ".json")]
+        existing = [path for path in paths if os.path.exists(path)]
         if not existing:
             return None
         with contextlib.suppress(DataError):
-            infos = [CorpusInfo.read(Path(prefix + ".json")) for prefix in self._prefixes]
-            if all(info and info.settings.get("fingerprint") == self._recorded["fingerprint"] for info in infos):
+            infos = [IndexedDataset(prefix).info for prefix in self._prefixes]
+            same = [info and info.settings.get("fingerprint") == self._recorded["fingerprint"] for info in infos]
+            if all(same):
                 return dict(zip(self._prefixes, infos, strict=True))
         if not self._settings.overwrite:
-            path = self._prefixes[0] + existing[0]
-            raise ConfigError(f"{path} exists and was made from something else; --overwrite replaces it")
+            raise ConfigError(f"{existing[0]} exists and is not what this command makes; --overwrite replaces it")
         return None
 
     def run(self) -> dict[str, CorpusInfo]:
@@ -94,18 +98,13 @@ class Job:
         path = self.folder.path / "tokenizer.json"
         if not path.exists():
             print(f"training a tokenizer on up to {self._settings.sample_mb} MB of the text", flush=True)
-            skipped = Skipped()  # forgotten: the same lines are counted when they are tokenised
-            texts = sample_texts(
-                self._everything,
-                self._reading,
-                self._settings.json_key,
-                clean=self._settings.clean,
-                n_bytes=self._settings.sample_mb * 10**6,
-                skipped=skipped,
+            settings = self._settings
+            sample = Sample(
+                self._everything, self._reading, settings.json_key, settings.clean, settings.sample_mb * 10**6
             )
-            tokenizer = train(texts, self._training)
+            tokenizer = train(sample, self._training)
             if tokenizer is None:
-                raise no_documents(skipped, self._settings.json_key)
+                raise no_documents(sample.skipped, settings.json_key)
             tokenizer.save(path)
         self._tokenizer = from_file(path)
 
@@ -166,6 +165,7 @@ class Job:
         settings = self._settings
         return Recipe(
             self._tokenizer.json,
+            settings.tokenizer,
             settings.json_key,
             settings.clean,
             settings.shuffle_sentences,

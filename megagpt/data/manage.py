@@ -12,7 +12,7 @@ from megagpt.data.info import CorpusInfo
 from megagpt.data.progress import Progress
 from megagpt.data.storage import storage_errors
 from megagpt.data.tokenizer import from_file
-from megagpt.data.writer import CorpusWriter
+from megagpt.data.writer import CorpusWriter, check_output
 from megagpt.errors import ConfigError, DataError
 
 _CHUNK = 1 << 24  # bytes hashed at a time
@@ -47,7 +47,7 @@ def verify(prefix: str) -> str:
     dataset.check_index()
     info = dataset.info
     if info is None:
-        largest = dataset.max_id()
+        largest = dataset.largest_id()
         return f"index consistent, largest id {largest:,}; no sidecar, so the tokens themselves cannot be checked"
     for ending, expected in ((".bin", info.bin_sha256), (".idx", info.idx_sha256)):
         if (found := _sha256(dataset.prefix + ending)) != expected:
@@ -85,7 +85,7 @@ def _sha256(path: str) -> str:
 
 
 def parts_of(output: str) -> list[str]:
-    """The prefixes of all shards of ``output``, in order. Raises DataError where one is missing."""
+    """The prefixes of all shards of ``output``, in order. Raises DataError where one is missing or of another job."""
     found: dict[int, dict[int, str]] = {}
     for path in glob(f"{escape(output)}-*-of-*.json"):
         match = re.fullmatch(re.escape(output) + r"-([0-9]+)-of-([0-9]+)\.json", path)
@@ -97,11 +97,22 @@ def parts_of(output: str) -> list[str]:
     n, parts = found.popitem()
     if missing := sorted(set(range(1, n + 1)) - parts.keys()):
         raise DataError(f"{output}-{missing[0]}-of-{n} is missing ({len(missing)} of {n} shards); prepare it first")
-    return [parts[i] for i in sorted(parts)]
+    prefixes = [parts[i] for i in sorted(parts)]
+    wholes = [_info(IndexedDataset(prefix)).settings.get("whole") for prefix in prefixes]
+    for prefix, whole in zip(prefixes, wholes, strict=True):
+        if whole != wholes[0]:
+            raise DataError(
+                f"{prefix} was made from other files or with other settings than {prefixes[0]}; prepare it again"
+            )
+    return prefixes
 
 
 def merge(prefixes: list[str], output: str, *, overwrite: bool) -> CorpusInfo:
-    """Join corpora of one tokenizer into ``output``, in their order; its sidecar. Raises DataError, StorageError."""
+    """Join corpora of one tokenizer into ``output``, in their order; its sidecar.
+
+    Raises ConfigError, DataError or StorageError.
+    """
+    check_output(output)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     infos = [_info(dataset) for dataset in datasets]
     for dataset, info in zip(datasets, infos, strict=True):

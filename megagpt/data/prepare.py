@@ -8,12 +8,12 @@ written is put on the disk together with the place reading had come to; the same
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from megagpt.data import stdlib_corpus
 from megagpt.data.info import CorpusInfo
 from megagpt.data.sources import Source, find, shard
+from megagpt.data.writer import check_output
 from megagpt.errors import ConfigError, nearest
 
 
@@ -92,8 +92,7 @@ def _check(settings: PrepareSettings) -> tuple[int, int]:
         raise ConfigError(
             f"--corpus {settings.corpus!r} is not {stdlib_corpus.NAME!r}{hint}; --input reads your own files"
         )
-    if not Path(settings.output).name:
-        raise ConfigError(f"--output {settings.output!r} names no files; give a prefix such as data/books")
+    check_output(settings.output)
     return int(found[1]), int(found[2])
 
 

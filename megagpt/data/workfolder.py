@@ -22,11 +22,13 @@ class WorkFolder:
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
         self._fingerprint = fingerprint
+        self._made: list[Path] = []
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder and keep others out of it. It stays behind only where the same command can go on from it."""
         with storage_errors(self.path):
+            self._made = [folder for folder in self.path.parents if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / _LOCK, "w")  # noqa: SIM115 closed below
         with lock:
@@ -34,6 +36,8 @@ class WorkFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another process is at work in {self.path}; wait for it to end") from None
+            except OSError:  # file systems of clusters are often mounted without locks
+                print(f"{self.path}: its file system has no locks; start no second job for this output", flush=True)
             try:
                 yield
             except (ConfigError, DataError):  # the same command would fail again
@@ -67,4 +71,8 @@ class WorkFolder:
                     path.unlink()
 
     def _remove(self) -> None:
+        """Remove the folder, and those above it that were made for it and have stayed empty."""
         shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, dtype_for
+from megagpt.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, dtype_for, plain_prefix
 from megagpt.data.info import CorpusInfo
 from megagpt.data.progress import Progress
 from megagpt.data.storage import storage_errors, sync, sync_folder, write_atomically
-from megagpt.errors import StorageError
+from megagpt.errors import ConfigError, DataError, StorageError
 from megagpt.version import __version__
 
 _CHUNK = 1 << 20  # bytes or entries handled at a time
+_LONGEST = 2**31 - 1  # tokens of a document: the index has 32 bits for it
 
 
 @dataclass
@@ -96,9 +97,14 @@ class CorpusWriter:
             raise AssertionError(f"token id {counts.max_id} in a vocabulary of {self._vocab_size}")
         data = np.ascontiguousarray(ids, self.dtype).data.cast("B")
         if len(lengths):
-            lengths = lengths.astype(np.int32)
+            lengths = lengths.copy()
             lengths[0] += self.state.open_length
             self.state.open_length = 0
+        if max(lengths.max(initial=0), self.state.open_length + open_length) > _LONGEST:
+            raise DataError(
+                f"a document has more than {_LONGEST:,} tokens, which the .idx cannot hold; divide the text with "
+                "--document paragraph or line"
+            )
         with storage_errors(self._bin_path):
             self._bin.write(data)
             self._lengths.write(lengths.astype(np.int32).tobytes())
@@ -187,6 +193,14 @@ def _chunks(path: Path) -> Iterator[np.ndarray]:
     with open(path, "rb") as file:
         while data := file.read(4 * _CHUNK):
             yield np.frombuffer(data, np.int32)
+
+
+def check_output(output: str) -> None:
+    """Raise ConfigError for a prefix under which a corpus would not be found again."""
+    if os.path.basename(output) in ("", ".", ".."):
+        raise ConfigError(f"--output {output!r} names no files; give a prefix such as data/books")
+    if (prefix := plain_prefix(output)) != output:
+        raise ConfigError(f"--output {output} is the prefix of several files; leave the ending away: {prefix}")
 
 
 def publish(folder: Path, name: str, prefix: str, tokenizer_json: bytes, info: CorpusInfo) -> None:
