@@ -1,5 +1,6 @@
 """A tiny corpus for tests of training: real text (this Python's own library), a token a byte."""
 
+import atexit
 import functools
 import importlib
 import tempfile
@@ -15,7 +16,9 @@ _SOURCES = ("json", "email", "unittest")  # packages of the standard library: so
 @functools.cache
 def tiny_corpus() -> str:
     """The prefix of a corpus made once a test session; ``<prefix>-valid`` is a smaller one for validation."""
-    folder = Path(tempfile.mkdtemp(prefix="megagpt-corpus-"))
+    temporary = tempfile.TemporaryDirectory(prefix="megagpt-corpus-")
+    atexit.register(temporary.cleanup)
+    folder = Path(temporary.name)
     modules = [importlib.import_module(name) for name in _SOURCES]
     texts = [path.read_bytes() for m in modules for path in sorted(Path(m.__file__).parent.glob("*.py"))]
     write_bytes_corpus(folder / "stdlib", texts[3:])

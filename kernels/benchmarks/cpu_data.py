@@ -18,7 +18,7 @@ import lzma
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import struct
 import subprocess
@@ -226,7 +226,8 @@ def sample_huge(prefix: str, world_size: int) -> None:
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Most memory this process has had, MB. Its getrusage would count that of the process which started it."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def timed(work) -> float:
