@@ -54,3 +54,27 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """The path of a small tokenizer that is not trained anew in every test."""
+    from data_common import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture
+def texts(tmp_path) -> list[str]:
+    """The documents of three small files in ``input``."""
+    from data_common import write_documents
+
+    return write_documents(tmp_path / "input")
+
+
+@pytest.fixture
+def many(tmp_path) -> list[str]:
+    """The paths of two files that take a few seconds to prepare."""
+    from data_common import write_many
+
+    return write_many(tmp_path)

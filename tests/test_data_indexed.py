@@ -130,11 +130,14 @@ def test_a_document_too_long_for_the_index_is_refused(tmp_path, ends):
     writer.close()
 
 
-def test_megatron_reads_what_we_write(corpus):
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_499, np.uint16), (65_500, np.int32)])
+def test_megatron_reads_what_we_write(tmp_path, vocab_size, dtype):
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    theirs = megatron.IndexedDataset(corpus)
-    assert [theirs[i].tolist() for i in range(len(theirs))] == DOCUMENTS
-    assert theirs.document_indices.tolist() == [0, 1, 2]
+    documents = [*DOCUMENTS, [vocab_size - 1] * 1000, [0]]
+    theirs = megatron.IndexedDataset(write(tmp_path, documents, vocab_size))
+    assert [theirs[i].tolist() for i in range(len(theirs))] == documents
+    assert theirs[2].dtype == dtype
+    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Megatron-LM's

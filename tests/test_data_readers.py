@@ -1,72 +1,24 @@
 """Files of every kind become the same documents, however they are compressed, cut into blocks or divided."""
 
 import contextlib
-import csv
 import gzip
-import io
 import json
-import lzma
 import os
 import random
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from data_common import AS_FILES, COMPRESSIONS, TEXTS, jsonl, read, table, texts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import documents, readers, sources, streams
 from megagpt.data.documents import Skipped
 from megagpt.data.readers import Reading, blocks
-from megagpt.data.sources import Source, find, part_of, shard
-from megagpt.errors import ConfigError, DataError
-
-TEXTS = ["First document.", 'Second,\twith a tab, "quotes" and\ntwo lines.', "Dritter Text: Grüße, 世界 🙂."]
-
-
-def zstd(data: bytes) -> bytes:
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
-
-
-AS_FILES = Reading()
-COMPRESSIONS = {"": lambda data: data, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
-
-
-def jsonl(texts: list[str], key: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": i, key: text}).encode() + b"\n" for i, text in enumerate(texts))
-
-
-def table(texts: list[str], delimiter: str) -> bytes:
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter=delimiter)
-    writer.writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
-    return out.getvalue().encode()
-
-
-def parquet(texts: list[str]) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    out = io.BytesIO()
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": texts}), out)
-    return out.getvalue()
-
-
-def read(paths, reading: Reading = AS_FILES, *, format: str = "auto", key: str = "text", skipped=None) -> list[str]:
-    """The documents of files, put together again where they were cut."""
-    found = find([str(path) for path in paths], format, by_line=reading.document == "line")
-    return texts_of(found, reading, key=key, skipped=skipped)
-
-
-def texts_of(found: list[Source], reading: Reading, *, key: str = "text", skipped=None) -> list[str]:
-    texts: list[str] = []
-    for block in blocks(found, reading):
-        for text in documents.texts(block, key, Skipped() if skipped is None else skipped):
-            if block.begins:
-                texts.append(text)
-            else:
-                texts[-1] += text
-    return texts
+from megagpt.data.sources import find, shard
+from megagpt.errors import ConfigError
 
 
 @pytest.mark.parametrize("ending", COMPRESSIONS)
@@ -83,72 +35,6 @@ def test_every_format_gives_the_same_documents_plain_or_compressed(tmp_path, kin
     path = tmp_path / f"all.{kind}{ending}"
     path.write_bytes(compress(content))
     assert read([path], Reading(quoting="standard")) == TEXTS
-
-
-@pytest.mark.parametrize("ending", COMPRESSIONS)
-def test_parquet_gives_its_column(tmp_path, ending):
-    (tmp_path / f"all.parquet{ending}").write_bytes(COMPRESSIONS[ending](parquet(TEXTS)))
-    assert read([tmp_path / f"all.parquet{ending}"]) == TEXTS
-
-
-def test_a_column_that_parquet_lacks_is_refused(tmp_path):
-    (tmp_path / "all.parquet").write_bytes(parquet(TEXTS))
-    with pytest.raises(DataError, match=r"no column 'txt' \(did you mean 'text'\?\); its columns are text"):
-        read([tmp_path / "all.parquet"], Reading(column="txt"))
-
-
-def test_damaged_parquet_is_refused(tmp_path):
-    (tmp_path / "all.parquet").write_bytes(parquet(TEXTS)[:-20])
-    with pytest.raises(DataError, match="cannot be read as parquet"):
-        read([tmp_path / "all.parquet"])
-
-
-def test_quotes_are_ordinary_in_tsv_unless_said_otherwise(tmp_path):
-    (tmp_path / "a.tsv").write_text('id\ttext\n1\tan "odd\n2\tquote" here\n')
-    assert read([tmp_path / "a.tsv"]) == ['an "odd', 'quote" here']
-
-
-def test_a_column_without_a_header_has_a_number(tmp_path):
-    (tmp_path / "a.tsv").write_text("gj04\t1\t\tOne sentence.\ngj04\t0\t*\tAnother one.\n")
-    assert read([tmp_path / "a.tsv"], Reading(column="4")) == ["One sentence.", "Another one."]
-    with pytest.raises(DataError, match=r"no column 'text'; its columns are gj04, 1, , One sentence\."):
-        read([tmp_path / "a.tsv"])
-
-
-def test_a_byte_order_mark_is_no_part_of_a_quoted_header(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"text","id"\r\n"one, two","1"\r\n')
-    assert read([tmp_path / "a.csv"]) == ["one, two"]
-
-
-def test_blank_lines_in_a_table_are_passed_over(tmp_path):
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        (tmp_path / name).write_bytes(b"\n\r\nid,text\r\n\r\n1,one\r\n".replace(b",", delimiter.encode()))
-        assert read([tmp_path / name]) == ["one"]
-
-
-def test_a_line_end_within_a_field_costs_its_row_and_no_other(tmp_path):
-    """The csv module stops at a carriage return outside of quotes, and with it a whole job did."""
-    (tmp_path / "a.csv").write_bytes(b"id,text\n1,od\rd\n2,two\n")
-    (tmp_path / "a.tsv").write_bytes(b"id\ttext\n1\tod\rd\n2\ttwo\n")
-    skipped = Skipped()
-    assert read([tmp_path / "a.csv"], skipped=skipped) == ["two"]
-    assert skipped.counts == {"row without text": 1}
-    assert read([tmp_path / "a.tsv"]) == ["od\rd", "two"]
-
-
-def test_a_quote_that_is_not_closed_is_an_error(tmp_path):
-    """Otherwise the rest of the file would be one text."""
-    (tmp_path / "a.csv").write_text('id,text\n1,"one\nmore"\n2,"two\n3,three\n4,four\n')
-    with pytest.raises(DataError, match=r"a\.csv:4: a quote that opens in this row is not closed"):
-        read([tmp_path / "a.csv"])
-    assert read([tmp_path / "a.csv"], Reading(quoting="none"))[-1] == "four"
-
-
-def test_a_row_that_is_too_short_is_counted(tmp_path):
-    (tmp_path / "a.csv").write_text("id,text\n1,one\n2\n\n3,three\n")
-    skipped = Skipped()
-    assert read([tmp_path / "a.csv"], skipped=skipped) == ["one", "three"]
-    assert skipped.counts == {"row without text": 1}
 
 
 def test_a_document_of_a_text_file_is_the_file_a_paragraph_or_a_line(tmp_path):
@@ -308,143 +194,13 @@ def test_a_line_too_long_is_skipped_without_being_held(small_blocks, tmp_path):
         assert skipped.bad == 1
 
 
-@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
-@pytest.mark.parametrize("kept", [0.5, 0.99])
-def test_a_compressed_file_that_ends_too_early_is_an_error(tmp_path, ending, kept):
-    data = COMPRESSIONS[ending](jsonl([str(random.Random(i).random()) for i in range(20_000)]))
-    (tmp_path / f"a.jsonl{ending}").write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(DataError, match=r"a\.jsonl.*: after [0-9,]+ bytes: .*; get the file again"):
-        read([tmp_path / f"a.jsonl{ending}"])
-
-
-@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
-def test_several_compressed_streams_in_one_file_are_read_as_one(tmp_path, ending):
-    compress = COMPRESSIONS[ending]
-    (tmp_path / f"a.jsonl{ending}").write_bytes(compress(jsonl(TEXTS[:2])) + compress(jsonl(TEXTS[2:])))
-    assert read([tmp_path / f"a.jsonl{ending}"]) == TEXTS
-
-
-def test_a_name_that_promises_compression_has_to_keep_it(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(jsonl(TEXTS))
-    with pytest.raises(DataError, match="not compressed as its name says"):
-        read([tmp_path / "a.jsonl.gz"])
-
-
-def test_inputs_that_name_nothing_are_refused(tmp_path):
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
-    (tmp_path / "empty.txt").write_bytes(b"")
-    for text, message in {
-        str(tmp_path / "missing.txt"): "no such file or folder",
-        str(tmp_path / "*.jsonl"): "no file matches",
-        str(tmp_path / "empty.txt"): "empty",
-        str(tmp_path / "picture.png"): "unknown and it is not UTF-8 text",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            find([text], "auto", by_line=False)
-    (tmp_path / "empty.txt").unlink()
-    with pytest.raises(DataError, match="no file in this folder ends in"):
-        find([str(tmp_path)], "auto", by_line=False)
-
-
-def test_a_folder_is_searched_at_any_depth_but_not_in_hidden_places(tmp_path):
-    for name in ("b/c/2.txt", "a/1.txt", ".git/3.txt", "a/.4.txt", "a/5.bin"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert read([tmp_path]) == ["a/1.txt", "b/c/2.txt"]
-    assert read([tmp_path / "b/c/2.txt", tmp_path]) == ["b/c/2.txt", "a/1.txt"]
-
-
-def test_a_pattern_may_match_folders(tmp_path):
-    for name in ("books/1.txt", "books/old/2.txt", "3.txt", ".hidden/4.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert read([tmp_path / "*"]) == ["3.txt", "books/1.txt", "books/old/2.txt"]
-    assert read([tmp_path / "**"]) == read([tmp_path])
-
-
-def test_folders_behind_links_are_searched_once(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "1.txt").write_text("one")
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "real" / "loop").symlink_to(tmp_path / "input")
-    assert read([tmp_path / "input"]) == ["one"]
-
-
-def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("one")
-    assert read(["a.txt", "./a.txt", tmp_path, "../" + tmp_path.name]) == ["one"]
-
-
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
-    """It was passed over in silence."""
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "closed").mkdir()
-    tmp_path.chmod(0o755)
-    (tmp_path / "closed").chmod(0)
-    code = (
-        "import os; from megagpt.data.sources import find; from megagpt.errors import DataError\n"
-        "if os.geteuid() == 0: os.setuid(65534)\n"
-        "try: find(['.'], 'auto', by_line=False)\n"
-        "except DataError as error: print(error)"
-    )
-    command = [sys.executable, "-c", code]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert out.stdout == "./closed cannot be read: Permission denied\n", out.stderr
-
-
-def test_a_pipe_is_refused(tmp_path):
-    """Opening it would wait for a writer for ever, and the job may have to go back in it."""
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match=r"pipe\.txt is a pipe or a device"):
-        find([str(tmp_path / "pipe.txt")], "auto", by_line=False)
-
-
-@pytest.mark.parametrize("ending", COMPRESSIONS)
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf16_is_refused_and_not_taken_for_damaged_utf8(tmp_path, encoding, ending):
-    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESSIONS[ending]("\ufeffGrüße".encode(encoding)))
-    with pytest.raises(DataError, match="is UTF-16; convert it first: iconv"):
-        find([str(tmp_path / f"a.txt{ending}")], "auto", by_line=False)
-
-
-def test_a_json_file_holds_json_lines_where_it_is_named(tmp_path):
-    """As Megatron-LM's users have them. In a folder such a file may be anything."""
-    (tmp_path / "a.json").write_bytes(jsonl(TEXTS))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
-    (tmp_path / "c.txt").write_text("text")
-    assert read([tmp_path / "a.json", tmp_path / "b.json.gz"]) == TEXTS * 2
-    assert read([tmp_path]) == ["text"]
-
-
-def test_zstd_frames_may_follow_frames_to_be_skipped(tmp_path):
-    frames = [zstd(jsonl([text])) for text in TEXTS]
-    marked = [b"\x50\x2a\x4d\x18" + struct.pack("<II", 4, len(frame)) + frame for frame in frames]
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(marked))
-    assert read([tmp_path / "a.jsonl.zst"]) == TEXTS
-
-
-def test_text_of_an_unknown_ending_is_text(tmp_path):
-    (tmp_path / "wiki.tokens").write_text("some text")
-    assert read([tmp_path / "wiki.tokens"]) == ["some text"]
-
-
-def test_a_shard_without_a_file_is_refused(tmp_path):
-    Path(tmp_path / "a.txt").write_text("one")
-    found = find([str(tmp_path / "a.txt")], "auto", by_line=False)
-    with pytest.raises(ConfigError, match="--shard 1/2 has nothing to do"):
-        shard(found, 1, 2)
-    assert part_of(found[0], 0, 0) == []
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is found in /proc")
 def test_a_bomb_of_one_endless_line_is_skipped_in_bounded_memory(tmp_path):
     """Three hundred megabytes of zeros in three hundred kilobytes."""
     zeros = gzip.compress(b"0" * 10_000_000)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:1])) + zeros * 30)
     code = (
-        "import re, sys; sys.path.insert(0, sys.argv[1]); from test_data_readers import *; skipped = Skipped()\n"
+        "import re, sys; sys.path.insert(0, sys.argv[1]); from data_common import *; skipped = Skipped()\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024\n"
         "before = peak()  # getrusage would give the peak of the process that started this one\n"
         "assert read([sys.argv[2]], skipped=skipped) == TEXTS[:1] and skipped.bad == 1\n"

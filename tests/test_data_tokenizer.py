@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from data_common import PARAGRAPHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +19,6 @@ from megagpt.data.encode import Encoder, pieces
 from megagpt.data.tokenizer import Tokenizer, from_file, load
 from megagpt.data.vocabularies import definition
 from megagpt.errors import ConfigError, DataError
-
-PARAGRAPHS = [
-    "The cat's whiskers weren't wet; they'd dried by 10:30.\n\nSo I'll go, we've gone, it's 3.14 -- isn't it?",
-    'def parse(line):\n    """Split `line`."""\n    return [int(x) for x in line.split(\',\')]  # 1,2,3\n',
-    "Zażółć gęślą jaźń. Привет, мир! 你好，世界。 こんにちは 🙂🙂 e\u0301\u00a0\u3000x\t\ty\r\n\r\nz",  # noqa: RUF001
-]
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_any_entry_of_a_permutation_is_had_alone(n, seed, data):
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
     expected = [plain_permute(i, n, seed) for i in indices]
     assert permute(np.array(indices), n, seed).tolist() == expected
-    assert [permute(i, n, seed) for i in indices] == expected
+    assert [permute(np.array([i]), n, seed).tolist() for i in indices] == [[i] for i in expected]
     assert permute(np.array(indices), n, np.full(len(indices), seed, np.uint64)).tolist() == expected
 
 

@@ -36,14 +36,12 @@ def random_uint64(seed: int, index: np.ndarray) -> np.ndarray:
     return mix(mix(state + np.uint64(seed & _MASK)) + np.uint64(_GOLDEN))
 
 
-def permute(index, n: int, seed):
+def permute(index: np.ndarray, n: int, seed: int | np.ndarray) -> np.ndarray:
     """Where ``index`` goes under permutation ``seed`` of range(n), n up to 2**62.
 
-    ``index`` is an int or an integer array, ``seed`` an int or an array of one uint64 for each index. Returns an int
-    for an int, else int64 of the shape of ``index``.
+    ``index`` is an integer array, ``seed`` an int or an array of one uint64 for each index. Returns int64 of the shape
+    of ``index``.
     """
-    if isinstance(index, (int, np.integer)):
-        return int(permute(np.array([index]), n, seed)[0])
     if index.size and not (int(index.min()) >= 0 and int(index.max()) < n):
         raise IndexError(f"an index is outside of range({n})")
     seeds = np.uint64(seed & _MASK) if isinstance(seed, int) else np.asarray(seed, np.uint64)

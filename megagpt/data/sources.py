@@ -89,7 +89,8 @@ def _wanted(path: str, format: str) -> bool:
 
 def _nothing(text: str) -> str:
     if os.path.isdir(text):
-        return f"no file in this folder ends in {', '.join(FORMATS)} (or these with {', '.join(ENDINGS)})"
+        endings = f"{', '.join(FORMATS)} (or these with {', '.join(ENDINGS)})"
+        return f"no file in this folder ends in {endings}; name others by a pattern, as in '{os.path.join(text, '*')}'"
     if glob.has_magic(text):
         return "no file matches; quote the pattern so that the shell leaves it as it is"
     return "no such file or folder"
