@@ -273,6 +273,7 @@ def test_tools_that_cannot_be_put_beside_the_checkpoints_are_done_without(tmp_pa
 def test_a_disk_that_fails_in_the_middle_of_a_file_is_reported_as_such(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     writer.save({"w": torch.zeros(1000)}, tmp_path / "missing_folder" / "a.pt")
+    writer.finish()
     with pytest.raises(checkpoint.StorageError, match="No such file or directory"):
         writer.raise_error()
 

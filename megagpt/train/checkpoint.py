@@ -101,8 +101,10 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
     engine._copy_recovery_script = partial(_copy_scripts, engine)
     # Without this key DeepSpeed's converter to other numbers of ranks refuses ZeRO-1 and 2.
     client_state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-    engine.save_checkpoint(str(root), tag=tmp.name, client_state=client_state, save_latest=False)
-    writer.save(rng_state(), tmp / _rng_name(rank))
+    with _without_crc32():
+        engine.save_checkpoint(str(root), tag=tmp.name, client_state=client_state, save_latest=False)
+        writer.save(rng_state(), tmp / _rng_name(rank))
+        writer.finish()
     dist.everywhere(lambda: _finish_rank(writer, tmp, rank, state))
 
     shares = dist.gather_json([asdict(entry) for entry in writer.entries])
@@ -115,6 +117,17 @@ def _copy_scripts(engine, root: str) -> None:
     """Put DeepSpeed's tools beside the checkpoints; a run does not end, nor its peers wait, where that fails."""
     with contextlib.suppress(OSError):
         type(engine)._copy_recovery_script(engine, root)
+
+
+@contextlib.contextmanager
+def _without_crc32():
+    """The manifest's SHA-256 says more than an archive's CRC-32, which torch does not check on reading."""
+    checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(checked)
 
 
 def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:
