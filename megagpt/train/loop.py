@@ -85,12 +85,12 @@ class Loop:
     def run(self) -> None:
         """Train to the end. Raises NumericError, StorageError, or whatever broke; saved work stays saved."""
         self.engine.train()
-        try:
-            while self.state.step < self.intervals.total:
-                loss = self._step()
-                self._after_step(loss)
-        finally:
-            self.batches.close()
+        while self.state.step < self.intervals.total:
+            self.advance()
+
+    def advance(self) -> None:
+        """One optimiser step, and what is due after it."""
+        self._after_step(self._step())
 
     # one optimiser step -----------------------------------------------------------------------------------------
 

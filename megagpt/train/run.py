@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def _load_ops(plan: Plan, device: torch.device) -> Ops:
 
 
 def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
+    with opened(plan, world, device) as loop:
+        if loop.state.step == 0:
+            loop.run_evaluation()
+        loop.run()
+        checkpoint_folder = plan.root / manifest.tag_name(loop.state.step)
+        loop.log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
+
+
+@contextmanager
+def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop]:
+    """The loop of a run, ready for its next step: model, engine and log are made, a checkpoint is loaded.
+
+    The process group has been started; the run folder is locked where other jobs could want it.
+    """
     settings, config = plan.settings, plan.config
     source, notes = resume.checkpoint_to_resume(plan)
     _seed(settings.seed)
@@ -88,11 +103,10 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
         ]:
             log.message(line)
         loop = _loop(engine, plan, batch, state, device, log)
-        if state.step == 0:
-            loop.run_evaluation()
-        loop.run()
-        checkpoint_folder = plan.root / manifest.tag_name(state.step)
-        log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
+        try:
+            yield loop
+        finally:
+            loop.batches.close()
 
 
 def _where_curves_are(tensorboard: dict) -> list[str]:
