@@ -93,6 +93,7 @@ def add_layer_norm(quick: bool) -> Iterator[Case]:
         weight, bias = (_meta(shape.D, dtype=dtype) for _ in range(2))
         seed = _seed() if p else None
         _, total, mean, rstd = _forward(x, residual, weight, bias, seed, p, 1e-5)
+        total = total if has_residual or p else x
         _backward(d_normed, d_sum if prenorm else None, total, weight, mean, rstd, seed, p, has_residual)
 
     for shape, dtype in _in_dtypes(shapes.NORM_ROWS, quick):

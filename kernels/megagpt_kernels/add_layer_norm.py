@@ -9,31 +9,59 @@ the dropout mask are made again.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from megagpt_kernels import masks
 from megagpt_kernels.layer_norm_kernels import backward_kernel, forward_kernel
+from megagpt_kernels.operation import operation
 from megagpt_kernels.partials import new_partials, sum_partials
-from megagpt_kernels.runtime import launch, multiprocessors
+from megagpt_kernels.runtime import ceil_div, launch, multiprocessors
 
 
-def _chunk(D: int, itemsize: int, most: int) -> tuple[int, int]:
-    """Columns of a chunk and warps of a row, so that a thread holds at most ``most`` elements of a row if it can.
+class _Tiles(NamedTuple):
+    """How rows are laid out over threads."""
 
-    A chunk is 16 bytes for each thread: the widest load there is.
-    """
+    chunk: int  # columns: 16 bytes for each thread of a row, the widest load there is
+    warps: int  # of a row
+    rows: int  # of a program
+    keep: bool  # whether a row and what belongs to its columns stay in registers
+    registers: int  # that a thread may take
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor with its 65,536 registers holds; one more would have to wait for a place."""
+        return max(1, 65536 // (32 * self.warps * self.rows * self.registers))
+
+
+def _chunk(D: int, itemsize: int, most: int) -> tuple[int, int, int]:
+    """Columns of a chunk, warps of a row, and a thread's elements of a row, which are at most ``most`` if it can be."""
     vector, warps = 16 // itemsize, 1
-    while triton.cdiv(D, 32 * vector * warps) * vector > most and warps < 16:
+    while ceil_div(D, 32 * vector * warps) * vector > most and warps < 16:
         warps *= 2
-    return 32 * vector * warps, warps
+    chunk = 32 * vector * warps
+    return chunk, warps, ceil_div(D, chunk) * vector
 
 
-def _resident(warps: int, registers: int) -> int:
-    """Programs that a multiprocessor with its 65,536 registers holds at once; more would have to wait for a place."""
-    return max(1, 65536 // (32 * warps * registers))
+# The registers are those that compiled kernels take with dropout; fewer would spill.
+
+
+@functools.cache
+def _forward_tiles(D: int, itemsize: int) -> _Tiles:
+    chunk, warps, elements = _chunk(D, itemsize, 32)
+    keep = D <= 12288
+    return _Tiles(chunk, warps, 1, keep, 168 if keep and elements > 24 else 128)
+
+
+@functools.cache
+def _backward_tiles(D: int, itemsize: int) -> _Tiles:
+    # A narrow row is a warp's own, so that no warp waits for another.
+    chunk, warps, elements = _chunk(D, itemsize, 32 if D <= 1024 else 24)
+    keep = D <= 8192
+    registers = 128 if elements <= 16 or not keep else 168 if elements <= 24 else 255
+    return _Tiles(chunk, warps, max(1, 4 // warps), keep, registers)
 
 
 def _changes(residual: Tensor | None, p: float) -> bool:
@@ -51,14 +79,12 @@ def _forward(
     normed = torch.empty_like(x)
     total = torch.empty_like(x) if _changes(residual, p) else None
     mean, rstd = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    # Compiled for sm_90, 32 elements with everything that belongs to them take 168 registers of a thread. A row of more
-    # than 12288 has to do with 128, in 16 warps, and leaves weight and bias in the cache.
-    chunk, warps = _chunk(D, x.itemsize, 32)
-    programs = min(n_rows, multiprocessors(x.device) * _resident(warps, 168))
+    tiles = _forward_tiles(D, x.itemsize)
+    programs = min(n_rows, tiles.resident * multiprocessors(x.device))
     launch(
         forward_kernel, (programs,), x, None if residual is None else residual.contiguous(), weight, bias,
         seed if p else None, normed, total, mean, rstd, n_rows, eps, *masks.threshold_and_scale(p),
-        D=D, CHUNK=chunk, KEEP=D <= 12288, num_warps=warps,
+        D=D, CHUNK=tiles.chunk, KEEP=tiles.keep, num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     return normed, x.new_empty(0) if total is None else total, mean, rstd
 
@@ -81,58 +107,32 @@ def _backward(
     dx = torch.empty_like(total)
     d_residual = torch.empty_like(total) if p and has_residual else None
     d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
-    # A narrow row is a warp's own, so that no warp waits for another; it may take most registers there are.
-    chunk, warps = _chunk(D, total.itemsize, 32 if D <= 1024 else 24)
-    rows, registers = max(1, 4 // warps), 168 if D <= 768 or warps > 1 else 255
-    keep = D <= 8192
-    column_keys = None if keep or not p else masks.dropout_keys(seed, n_rows, D)[1]
-    programs = max(
-        1, min(triton.cdiv(n_rows, rows), multiprocessors(total.device) * _resident(rows * warps, registers))
-    )
+    tiles = _backward_tiles(D, total.itemsize)
+    column_keys = masks.dropout_keys(seed, n_rows, D)[1] if p and not tiles.keep else None
+    programs = max(1, min(ceil_div(n_rows, tiles.rows), tiles.resident * multiprocessors(total.device)))
     partials = new_partials(programs, 2, weight)
     launch(
         backward_kernel, (programs,), d_normed, None if d_sum is None else d_sum.contiguous(), total, weight,
         mean, rstd, seed if p else None, column_keys, dx, d_residual, partials, n_rows, *masks.threshold_and_scale(p),
-        D=D, CHUNK=chunk, ROWS=rows, KEEP=keep, num_warps=rows * warps,
+        D=D, CHUNK=tiles.chunk, ROWS=tiles.rows, KEEP=tiles.keep,
+        num_warps=tiles.warps * tiles.rows, maxnreg=tiles.registers,
     )  # fmt: skip
     sum_partials(partials, d_weight, d_bias)
     return [d_weight, d_bias, dx] if d_residual is None else [d_weight, d_bias, dx, d_residual]
 
 
-@torch.library.custom_op("megagpt::add_layer_norm", mutates_args=())
-def _add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, bias, seed, p, eps)
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_add_layer_norm.register_fake
-def _(x, residual, weight, bias, seed, p, eps):
-    like_x = functools.partial(torch.empty_like, x, memory_format=torch.contiguous_format)
+def _fake(x, residual, weight, bias, seed, p, eps):
     mean, rstd = (x.new_empty(x.numel() // weight.shape[0], dtype=torch.float32) for _ in range(2))
-    return like_x(), like_x() if _changes(residual, p) else x.new_empty(0), mean, rstd
+    return _empty(x), _empty(x) if _changes(residual, p) else x.new_empty(0), mean, rstd
 
 
-@torch.library.custom_op("megagpt::add_layer_norm_backward", mutates_args=())
-def _add_layer_norm_backward(
-    d_normed: Tensor,
-    d_sum: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    p: float,
-    has_residual: bool,
-) -> list[Tensor]:
-    return _backward(d_normed, d_sum, total, weight, mean, rstd, seed, p, has_residual)
-
-
-@_add_layer_norm_backward.register_fake
-def _(d_normed, d_sum, total, weight, mean, rstd, seed, p, has_residual):
-    like_total = functools.partial(torch.empty_like, total, memory_format=torch.contiguous_format)
-    inputs = [like_total(), like_total()] if p and has_residual else [like_total()]
-    return [torch.empty_like(weight), torch.empty_like(weight), *inputs]
+def _fake_backward(d_normed, d_sum, total, weight, mean, rstd, seed, p, has_residual):
+    inputs = [_empty(total), _empty(total)] if p and has_residual else [_empty(total)]
+    return [_empty(weight), _empty(weight), *inputs]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -148,18 +148,24 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # which would write zeros where no gradient arrives
 
 
-def _derivative(ctx, d_normed, d_sum, *_):
+def _derivative(ctx, backward, d_normed, d_sum, *_):
     total, *saved = ctx.saved_tensors
     if d_normed is None:
         d_normed = torch.zeros_like(total)
-    d_weight, d_bias, dx, *d_residual = _add_layer_norm_backward(
-        d_normed, d_sum, total, *saved, ctx.p, ctx.has_residual
-    )
+    d_weight, d_bias, dx, *d_residual = backward(d_normed, d_sum, total, *saved, ctx.p, ctx.has_residual)
     d_residual = d_residual[0] if d_residual else dx
     return dx, d_residual if ctx.has_residual else None, d_weight, d_bias, None, None, None
 
 
-_add_layer_norm.register_autograd(_derivative, setup_context=_setup_context)
+_add_layer_norm = operation(
+    "add_layer_norm",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    derivative=_derivative,
+)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:

@@ -3,13 +3,16 @@
 N rows, D columns. 0.5 (1 + tanh(v)) = sigmoid(2 v) for v = sqrt(2 / pi) (u + 0.044715 u^3) and u = x + bias.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megagpt_kernels.operation import operation
 from megagpt_kernels.partials import new_partials, sum_partials
-from megagpt_kernels.runtime import launch, multiprocessors
+from megagpt_kernels.runtime import ceil_div, launch, multiprocessors
 
 _LINEAR = tl.constexpr(1.5957691216057308)  # 2 v = LINEAR u + CUBIC u^3: 2 sqrt(2 / pi), and that times 0.044715
 _CUBIC = tl.constexpr(0.07135481282460024)
@@ -78,6 +81,7 @@ def _backward_kernel(
     tl.store(partials_ptr + program * D + columns, d_bias, mask=columns < D)
 
 
+@functools.cache
 def _tile(D: int, elements: int) -> tuple[int, int]:
     """Rows and columns: strips that D is a multiple of leave no thread idle, wide ones read memory in long runs."""
     columns = next((c for c in (1024, 512) if D % c == 0), min(256, triton.next_power_of_2(D)))
@@ -90,7 +94,7 @@ def _forward(x: Tensor, bias: Tensor) -> Tensor:
     D = bias.shape[0]
     n_rows = x.numel() // D
     rows, columns = _tile(D, 4096)
-    grid = (triton.cdiv(D, columns) * triton.cdiv(n_rows, rows),)
+    grid = (ceil_div(D, columns) * ceil_div(n_rows, rows),)
     launch(_forward_kernel, grid, x, bias, y, n_rows, D=D, ROWS=rows, COLUMNS=columns, num_warps=4)
     return y
 
@@ -102,9 +106,9 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     D = bias.shape[0]
     n_rows = x.numel() // D
     rows, columns = _tile(D, 2048)
-    strips = triton.cdiv(D, columns)
+    strips = ceil_div(D, columns)
     # Of 128 threads with 80 registers each, a multiprocessor holds 6 programs.
-    programs = max(1, min(triton.cdiv(n_rows, rows), 6 * multiprocessors(x.device) // strips))
+    programs = max(1, min(ceil_div(n_rows, rows), 6 * multiprocessors(x.device) // strips))
     partials = new_partials(programs, 1, bias)
     launch(
         _backward_kernel, (strips * programs,), dy, x, bias, dx, partials, n_rows,
@@ -114,35 +118,31 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return dx, d_bias
 
 
-@torch.library.custom_op("megagpt::bias_gelu", mutates_args=())
-def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return _forward(x, bias)
-
-
-@_bias_gelu.register_fake
-def _(x, bias):
+def _fake(x, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("megagpt::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(dy, x, bias)
-
-
-@_bias_gelu_backward.register_fake
-def _(dy, x, bias):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
+def _fake_backward(dy, x, bias):
+    return _fake(x, bias), torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)  # the gate is cheaper to make again than to keep
 
 
-def _derivative(ctx, dy):
-    return _bias_gelu_backward(dy, *ctx.saved_tensors)
+def _derivative(ctx, backward, dy):
+    return backward(dy, *ctx.saved_tensors)
 
 
-_bias_gelu.register_autograd(_derivative, setup_context=_setup_context)
+_bias_gelu = operation(
+    "bias_gelu",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    derivative=_derivative,
+)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megagpt_kernels import masks
-from megagpt_kernels.runtime import launch, multiprocessors
+from megagpt_kernels.operation import operation
+from megagpt_kernels.runtime import ceil_div, launch, multiprocessors
 
 _TILE = 4096  # elements; 32 for each of 128 threads
 _PROGRAMS = 6  # of 4 warps on each multiprocessor
@@ -39,8 +40,8 @@ def _forward(x: Tensor, seed: Tensor, p: float) -> Tensor:
     n_rows = x.numel() // max(D, 1)
     columns = min(256, triton.next_power_of_2(D))
     rows = _TILE // columns
-    strips = triton.cdiv(D, columns)
-    programs = min(triton.cdiv(n_rows, rows), triton.cdiv(_PROGRAMS * multiprocessors(x.device), strips))
+    strips = ceil_div(D, columns)
+    programs = min(ceil_div(n_rows, rows), ceil_div(_PROGRAMS * multiprocessors(x.device), strips))
     launch(
         _dropout_kernel, (strips * programs,), x, seed, y, n_rows, *masks.threshold_and_scale(p),
         D=D, ROWS=rows, COLUMNS=columns, num_warps=4,
@@ -48,13 +49,7 @@ def _forward(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return y
 
 
-@torch.library.custom_op("megagpt::dropout", mutates_args=())
-def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return _forward(x, seed, p)
-
-
-@_dropout.register_fake
-def _(x, seed, p):
+def _fake(x, seed, p):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -63,11 +58,19 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(seed)
 
 
-def _derivative(ctx, dy):
-    return _dropout(dy, *ctx.saved_tensors, ctx.p), None, None
+def _derivative(ctx, backward, dy):
+    return backward(dy, *ctx.saved_tensors, ctx.p), None, None
 
 
-_dropout.register_autograd(_derivative, setup_context=_setup_context)
+_dropout = operation(
+    "dropout",
+    _forward,
+    _forward,
+    fake=_fake,
+    fake_backward=_fake,
+    setup_context=_setup_context,
+    derivative=_derivative,
+)
 
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagpt_kernels.runtime import launch
+from megagpt_kernels.runtime import ceil_div, launch
 
 _LEVELS = 1 << 24  # a key has 24 random bits above 8 zeros
 _BLOCK = 1024
@@ -56,9 +56,9 @@ def _keys_kernel(seed_ptr, keys_ptr, n_words, BLOCK: tl.constexpr):
 
 def dropout_key_table(seed: Tensor, n: int) -> Tensor:
     """n keys, int32 (n,), drawn from ``seed`` (0-d int64)."""
-    n_words = triton.cdiv(n, 2)
+    n_words = ceil_div(n, 2)
     words = torch.empty(n_words, dtype=torch.int64, device=seed.device)
-    launch(_keys_kernel, (triton.cdiv(n_words, _BLOCK),), seed, words, n_words, BLOCK=_BLOCK)
+    launch(_keys_kernel, (ceil_div(n_words, _BLOCK),), seed, words, n_words, BLOCK=_BLOCK)
     return words.view(torch.int32)[:n]
 
 

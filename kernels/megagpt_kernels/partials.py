@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagpt_kernels.runtime import launch
+from megagpt_kernels.runtime import ceil_div, launch
 
 _COLUMNS = 32  # few, so that many multiprocessors take part
 
@@ -36,8 +36,8 @@ def sum_partials(partials: Tensor, *outs: Tensor) -> None:
     """Write the sums over programs of ``partials``, float32 (P, S, D), into S = 1 or 2 tensors (D,)."""
     P, S, D = partials.shape
     assert len(outs) == S
-    rows = min(512, triton.next_power_of_2(P))  # as a rule all, so that all loads are under way at once
-    grid = (triton.cdiv(D, _COLUMNS), S)
+    rows = min(512, 1 << (P - 1).bit_length())  # as a rule all, so that all loads are under way at once
+    grid = (ceil_div(D, _COLUMNS), S)
     launch(_sum_kernel, grid, partials, outs[0], outs[-1], P, D, ROWS=rows, COLUMNS=_COLUMNS, num_warps=8)
 
 

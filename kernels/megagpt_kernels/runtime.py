@@ -87,6 +87,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes the host several microseconds."""
+    return -(-a // b)
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has; 132, as an H100, while recording; 2 in the interpreter, where more would only be slower."""
     if _recorder is not None:
