@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
 	@echo "make test         install and run the tests"
 	@echo "make lint         check style"
-	@echo "make bench        measure training and data preparation on this CPU"
+	@echo "make bench        measure data preparation, training and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
 
@@ -42,7 +42,9 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python kernels/benchmarks/cpu_data.py && $(BIN)/python kernels/benchmarks/cpu_train.py
+	$(BIN)/python kernels/benchmarks/cpu_data.py --output build/bench
+	$(BIN)/python kernels/benchmarks/cpu_train.py --output build/bench
+	$(BIN)/python kernels/benchmarks/cpu_checkpoint.py --output build/bench
 
 # Uses PYTHON where that has a torch that sees the GPU, else the virtual environment.
 gpu:

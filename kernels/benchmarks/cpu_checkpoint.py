@@ -1,153 +1,161 @@
 """How fast a checkpoint is saved and a run is back: megagpt's durable, hashed save beside plain torch.save.
 
-    python kernels/benchmarks/cpu_checkpoint.py [--layers 8] [--rounds 5]
+    python kernels/benchmarks/cpu_checkpoint.py [--layers 12] [--rounds 7] [--output FOLDER]
 
-Prints GB/s of a save of weights and Adam's moments, medians over interleaved rounds: ``torch.save`` as it is (bytes in
-the page cache, no hash), the same followed by fsync, the same followed by fsync and sha256, and ours (written, hashed,
-forced to disk and renamed). Then the seconds from starting ``train.py`` to the first step of a resumed run.
+A save of weights and Adam's moments in four forms: torch.save as it is (bytes in the page cache, no hash), the same
+followed by fsync, the same followed by fsync and SHA-256, and ours, which promises what the last one does and a rename
+besides. Then the seconds from starting train.py to the first step of a resumed run. The disk is that of the folder for
+temporary files; TMPDIR names another.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import shutil
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
+import timing
 import torch
+from training import write_corpus
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
 from megagpt.config.fields import TrainSettings
-from megagpt.data.writer import CorpusWriter, Counts
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import load_ops
 from megagpt.train import checkpoint, engine, manifest, optim
 
 REPO = Path(__file__).parents[2]
-WIDTH = 512
-KINDS = ("torch.save", "torch.save+fsync", "torch.save+fsync+sha256", "ours")
+WIDTH, VOCAB, SEQ_LEN = 512, 8192, 64
+OURS, PEERS = "megagpt", ("torch.save", "torch.save, fsync", "torch.save, fsync, sha256")
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__)
+    parser.add_argument("--layers", type=int, default=12, help="blocks of width 512; 12 give a checkpoint of 0.67 GB")
+    args = parser.parse_args()
+    layers, rounds = (1, 1) if args.quick else (args.layers, args.rounds or 7)
+    report = timing.Report("cpu_checkpoint", timing.machine("torch", "deepspeed"), args.output)
+    with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
+        report.add("save", *bench_save(Path(folder), layers, rounds))
+    with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
+        report.add("restart", *bench_restart(Path(folder), layers, rounds=1 if args.quick else 3))
+
+
+# -- saving
+
+
+def bench_save(folder: Path, layers: int, rounds: int) -> tuple[dict, str]:
+    """GB/s of each form of saving, and how many times as fast as each ours is."""
+    built, config = make_engine(folder, layers)
+    checkpoint.allow_checkpoint_classes()
+    saved = save_ours(built, config, folder)
+    gigabytes = sum(entry["size"] for entry in manifest.read(saved)["files"].values()) / 1e9
+    states = [torch.load(path, weights_only=True) for path in sorted(saved.glob("*_states.pt"))]
+    works = {name: partial(save_plainly, states, sync="fsync" in name, hashed="sha256" in name) for name in PEERS}
+    works[OURS] = partial(save_ours, built, config)
+    numbers = count()
+
+    def seconds(work) -> float:
+        target = folder / str(next(numbers))
+        target.mkdir()
+        os.sync()
+        found = timing.timed(partial(work, target))
+        rmtree(target)
+        return found
+
+    results = timing.interleave({name: partial(seconds, work) for name, work in works.items()}, rounds)
+    stop()
+    rates = {name: timing.spread(gigabytes / s for s in values) for name, values in results.items()}
+    ratios = {name: timing.paired(values, results[OURS]) for name, values in results.items()}
+    rows = [[name, rates[name], ratios[name]] for name in works]
+    table = timing.table(["form", "GB/s", "megagpt's rate to it"], rows)
+    title = f"## Saving {gigabytes:.2f} GB: {layers} layers x {WIDTH}, fp32, ZeRO-1, one rank"
+    return {"gigabytes": gigabytes, "gb_per_s": rates, "ratio": ratios}, f"{title}\n\n{table}"
 
 
 def make_engine(folder: Path, layers: int):
-    """An engine whose optimiser has taken a step, so that the moments are there to be saved."""
+    """An engine whose optimiser has taken a step, so that the moments are there to be saved, and its configuration."""
     settings = TrainSettings(ds_config="bench", data=("none",), run_dir=str(folder), micro_batch_size=1)
     raw = {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": False}}
     world = dist.resolve_world({})
     dist.export(world)
     config = ds.resolve(raw, settings, 1, path="bench", hidden_size=WIDTH)
     engine.start_distributed(world, 10)
-    shape = GPTConfig(vocab_size=8192, seq_len=64, n_layer=layers, n_head=8, d_model=WIDTH)
+    shape = GPTConfig(vocab_size=VOCAB, seq_len=SEQ_LEN, n_layer=layers, n_head=8, d_model=WIDTH)
     model = GPT(shape, load_ops("torch", head_width=64, dtype=torch.float32, device="cpu"))
     groups = optim.parameter_groups(model.named_parameters(), decays, lr=1e-3, weight_decay=0.01)
     optimizer, _ = optim.build_optimizer("adamw", groups, betas=(0.9, 0.999), eps=1e-8)
     built = engine.build_engine(model, optimizer, config)
-    ids = torch.randint(8192, (1, 65))
+    ids = torch.randint(VOCAB, (1, SEQ_LEN + 1))
     loss = built(ids[:, :-1], ids[:, 1:])
     built.backward(loss)
     built.step()
     return built, config
 
 
-def plain_save(states: list, folder: Path, *, sync: bool, hashed: bool) -> None:
+def stop() -> None:
+    """Leave the process group, also as far as processes started from here can see."""
+    engine.stop_distributed()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def save_ours(built, config, folder: Path) -> Path:
+    return checkpoint.save(built, folder, checkpoint.TrainState(step=1), config, needed=0)
+
+
+def save_plainly(states: list, folder: Path, *, sync: bool, hashed: bool) -> None:
     for i, state in enumerate(states):
         path = folder / f"{i}.pt"
         torch.save(state, path)
         if sync:
             manifest.fsync(path)
         if hashed:
-            with open(path, "rb") as file:
-                hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
+            digest = hashlib.sha256()
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
 
 
-def measure_saves(layers: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each save in each round, and under ``bytes`` the bytes of one."""
-    seconds: dict[str, list[float]] = {
-        "torch.save": [],
-        "torch.save+fsync": [],
-        "torch.save+fsync+sha256": [],
-        "ours": [],
-    }
-    with tempfile.TemporaryDirectory(prefix="megagpt-bench-", dir=os.environ.get("MEGAGPT_BENCH_DIR")) as name:
-        folder = Path(name)
-        built, config = make_engine(folder, layers)
-        checkpoint.allow_checkpoint_classes()
-        saved = checkpoint.save(built, folder, checkpoint.TrainState(step=1), config, needed=0)
-        size = sum(entry["size"] for entry in manifest.read(saved)["files"].values())
-        states = [
-            torch.load(path, weights_only=True)
-            for path in sorted(saved.glob("mp_*.pt")) + sorted(saved.glob("zero*.pt"))
-        ]
-        for round_ in range(rounds):
-            for kind in seconds:
-                target = folder / f"{kind}{round_}"
-                target.mkdir()
-                os.sync()
-                begun = time.perf_counter()
-                if kind == "ours":
-                    checkpoint.save(built, target, checkpoint.TrainState(step=2), config, needed=0)
-                else:
-                    plain_save(states, target, sync="fsync" in kind, hashed="sha256" in kind)
-                seconds[kind].append(time.perf_counter() - begun)
-                shutil.rmtree(target)
-    engine.stop_distributed()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # what follows is another job
-    return {"bytes": [size], **seconds}
+# -- restarting
 
 
-def write_corpus(prefix: Path) -> None:
-    """A million random tokens."""
-    work = Path(f"{prefix}.work")
-    work.mkdir()
-    writer = CorpusWriter(work, "part", 8192)
-    ids = np.random.default_rng(0).integers(0, 8192, 1_000_000)
-    writer.append(ids, np.array([len(ids)]), 0, Counts(1, len(ids), len(ids), len(ids), int(ids.max())))
-    writer.finish(str(prefix), b"{}", "0" * 64, None, {})
-    writer.close()
+def bench_restart(folder: Path, layers: int, rounds: int) -> tuple[dict, str]:
+    """Seconds from the start of train.py to the log line of a resumed run's first step."""
+    write_corpus(folder / "corpus", np.random.default_rng(0).integers(0, VOCAB, 1_000_000), VOCAB)
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    train(folder, layers, steps=1)
+    seconds = timing.spread(train(folder, layers, steps=step) for step in range(2, 2 + rounds))
+    title = f"## Restart to the first step, {layers} layers x {WIDTH}"
+    return {"seconds": seconds}, f"{title}\n\n{seconds} s (goal 15)"
 
 
-def measure_restart(layers: int) -> float:
-    """Seconds from the start of the process to the first step's log line of a resumed run."""
-    with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as name:
-        folder = Path(name)
-        write_corpus(folder / "corpus")
-        (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-        shape = ["--model", "tiny", "--n_layer", layers, "--d_model", WIDTH, "--n_head", 8, "--seq_len", 64]
-        command = [sys.executable, "train.py", "--ds_config", folder / "ds.json", *shape, "--data", folder / "corpus"]
-        command += ["--run_dir", folder / "run", "--micro_batch_size", 1, "--log_interval", 1, "--max_steps"]
-        subprocess.run([*map(str, command), "1"], cwd=REPO, check=True, capture_output=True)
-        begun = time.perf_counter()
-        process = subprocess.Popen([*map(str, command), "2"], cwd=REPO, stdout=subprocess.PIPE, text=True)
+def train(folder: Path, layers: int, *, steps: int) -> float:
+    """Run train.py up to ``steps``; the seconds until the last one's line in its log."""
+    flags = {"ds_config": folder / "ds.json", "data": folder / "corpus", "run_dir": folder / "run"}
+    flags |= {"n_layer": layers, "d_model": WIDTH, "n_head": 8, "seq_len": SEQ_LEN}
+    flags |= {"micro_batch_size": 1, "max_steps": steps, "log_interval": 1}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "train.py", "--model", "tiny", *words]
+
+    begun, seconds = time.perf_counter(), None
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if " iteration " in line and "lm loss" in line:
-                elapsed = time.perf_counter() - begun
-        process.wait()
-        return elapsed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12, help="blocks of width 512; 12 give a checkpoint of 0.67 GB")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    seconds = measure_saves(args.layers, args.rounds)
-    size = seconds.pop("bytes")[0]
-    print(f"checkpoint of {size / 1e9:.2f} GB, ZeRO-1, one rank, medians of {args.rounds} interleaved rounds")
-    for kind, values in seconds.items():
-        ratios = [theirs / ours for theirs, ours in zip(values, seconds["ours"], strict=True)]
-        print(
-            f"{kind:<26}{statistics.median(values):7.2f} s {size / statistics.median(values) / 1e9:6.2f} GB/s   "
-            f"ours is {statistics.median(ratios):.2f}x its rate ({min(ratios):.2f}-{max(ratios):.2f})"
-        )
-    print(f"restart to the first step: {measure_restart(args.layers):.1f} s")
+            if seconds is None and re.search(rf" iteration +{steps}/ +{steps} ", line):
+                seconds = time.perf_counter() - begun
+    assert process.returncode == 0, f"train.py ended with {process.returncode}"
+    assert seconds is not None, f"train.py logged no step {steps}"
+    return seconds
 
 
 if __name__ == "__main__":

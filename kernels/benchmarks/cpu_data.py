@@ -1,36 +1,33 @@
 """Speed of the data side on this machine: preparing a corpus, opening and sampling one, checked for equal results.
 
-    python kernels/benchmarks/cpu_data.py [--rounds 5] [--json FILE]
+    python kernels/benchmarks/cpu_data.py [--rounds 5] [--output FOLDER]
 
 Preparing is measured against what is usual elsewhere: a pool of processes that encodes one document at a time with
-the `tokenizers` library. Both read the same JSON lines and write the same ids, which is checked; rounds are
-interleaved and each gives a ratio, so load from outside falls on both. With MEGAGPT_DATA the text is books under
-GPT-2's vocabulary, otherwise Python's standard library under one trained here.
+the `tokenizers` library. Both read the same JSON lines and write the same ids, which is checked. With MEGAGPT_DATA the
+text is books under GPT-2's vocabulary, otherwise Python's standard library under one trained here.
 """
 
-import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import json
 import lzma
 import multiprocessing
 import os
-import platform
 import re
-import statistics
+import resource
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the peer's users set it: there is a process for each core
 
 import numpy as np
+import timing
 
 from megagpt.data.bpe import parse_training, train
 from megagpt.data.indexed import HEADER, MAGIC, IndexedDataset
@@ -39,57 +36,43 @@ from megagpt.data.permutation import permute
 from megagpt.data.stdlib_corpus import files
 from megagpt.data.tokenizer import Tokenizer, from_file
 from megagpt.data.windows import SAMPLERS, Blend, Windows
-from megagpt.data.workers import available_cores
 
 MEGABYTES = 12  # of text for preparing
 SEQ_LEN, BATCH = 1024, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
-    packages = ("tokenizers", "tiktoken", "numpy")
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": available_cores()}
-    machine |= {name: version(name) for name in packages}
-    print(" ".join(f"{name} {value}" for name, value in machine.items()))
-    figures = {"machine": machine}
-    with tempfile.TemporaryDirectory() as folder:
-        figures["prepare"] = bench_prepare(Path(folder), args.rounds)
-        figures["reads"] = bench_reads(Path(folder) / "ours-1", args.rounds)
-        figures["huge"] = bench_huge(Path(folder))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    args = timing.arguments(__doc__).parse_args()
+    rounds = 1 if args.quick else args.rounds or 5
+    report = timing.Report("cpu_data", timing.machine("tokenizers", "tiktoken", "numpy"), args.output)
+    with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
+        report.add("prepare", *bench_prepare(Path(folder), rounds, quick=args.quick))
+        report.add("reads", *bench_reads(Path(folder) / "ours-1", rounds))
+        report.add("huge", *bench_huge(Path(folder)))
 
 
 # -- preparing
 
 
-def bench_prepare(folder: Path, rounds: int) -> dict:
-    """Seconds and MB/s of ``megagpt prepare`` and of the pool, on one process and on all cores."""
-    texts, tokenizer = corpus()
+def bench_prepare(folder: Path, rounds: int, *, quick: bool) -> tuple[dict, str]:
+    """MB/s of ``megagpt prepare`` and of the pool, on one process and on all cores."""
+    texts, tokenizer = quick_corpus() if quick else corpus()
     tokenizer.save(folder / "tokenizer.json")
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    figures = {}
-    for n in sorted({1, available_cores()}):
-        times: dict[str, list[float]] = {"pool": [], "prepare": []}
-        for _ in range(rounds):
-            times["pool"].append(timed(functools.partial(pool, source, folder, tokenizer, n)))
-            times["prepare"].append(timed(functools.partial(ours, source, folder, n)))
+    figures, rows = {}, []
+    for n in sorted({1, timing.cores()}):
+        works = {"prepare": partial(ours, source, folder, n), "pool": partial(pool, source, folder, tokenizer, n)}
+        seconds = timing.interleave({name: partial(timing.timed, work) for name, work in works.items()}, rounds)
         ids = (folder / "pool.bin").read_bytes()
         assert ids == (folder / f"ours-{n}.bin").read_bytes(), "the two differ in their ids"
-        ratios = [a / b for a, b in zip(times["pool"], times["prepare"], strict=True)]
-        rate = {name: megabytes / statistics.median(values) for name, values in times.items()}
-        print(
-            f"prepare, {n} process{'es'[: 2 * (n > 1)]}, {megabytes:.0f} MB: {rate['prepare']:.1f} MB/s, "
-            f"{rate['prepare'] / n:.1f} a core; per-document pool {rate['pool']:.1f} MB/s; "
-            f"{statistics.median(ratios):.2f} times it ({min(ratios):.2f} to {max(ratios):.2f}), ids equal"
-        )
-        figures[n] = {"mb_per_s": rate, "ratio": statistics.median(ratios), "ratios": ratios}
-    return figures
+        rates = {name: timing.spread(megabytes / s for s in values) for name, values in seconds.items()}
+        ratio = timing.paired(seconds["pool"], seconds["prepare"])
+        figures[n] = {"mb_per_s": rates, "ratio": ratio}
+        rows.append([n, rates["prepare"], f"{rates['prepare'].median / n:.2f}", rates["pool"], ratio])
+    header = ["processes", "megagpt prepare, MB/s", "a core", "per-document pool, MB/s", "x the pool's rate"]
+    return figures, f"## Preparing {megabytes:.0f} MB, ids equal\n\n{timing.table(header, rows)}"
 
 
 def corpus() -> tuple[list[str], Tokenizer]:
@@ -107,6 +90,13 @@ def corpus() -> tuple[list[str], Tokenizer]:
     texts = [Path(path).read_text(errors="replace") for path in files()]
     tokenizer = train(texts, parse_training("train:16384"))
     return [text for text in texts if text.strip()] * 2, tokenizer
+
+
+def quick_corpus() -> tuple[list[str], Tokenizer]:
+    """Some modules of the standard library and a tokenizer trained on them in a moment."""
+    texts = [Path(path).read_text(errors="replace") for path in files()[:20]]
+    texts = [text for text in texts if text.strip()]
+    return texts, train(texts, parse_training("train:512"))
 
 
 def ours(source: Path, folder: Path, n: int) -> None:
@@ -142,23 +132,24 @@ def encode_line(line: str) -> list[int]:
 # -- reading
 
 
-def bench_reads(prefix: Path, rounds: int) -> dict:
+def bench_reads(prefix: Path, rounds: int) -> tuple[dict, str]:
     """Tokens a second of batches from a file in memory, and the cost of a permuted index."""
     dataset = IndexedDataset(prefix)
     parts = {sampler: Windows(dataset, SEQ_LEN, sampler=sampler, seed=1) for sampler in SAMPLERS}
     parts["blend of two"] = Blend([(0.7, parts["random"]), (0.3, parts["epoch"])])
-    figures = {}
-    for name, windows in parts.items():
-        batches = [np.arange(k * BATCH, (k + 1) * BATCH) for k in range(400)]
-        fetch_all(windows, batches)  # pages are mapped
-        seconds = statistics.median(timed(functools.partial(fetch_all, windows, batches)) for _ in range(rounds))
-        figures[name] = len(batches) * BATCH * SEQ_LEN / seconds
-        print(f"hot reads, {name}, {BATCH} x {SEQ_LEN}: {figures[name] / 1e6:.0f} Mtokens/s (goal 500)")
+    batches = [np.arange(k * BATCH, (k + 1) * BATCH) for k in range(400)]
+    works = {name: partial(fetch_all, windows, batches) for name, windows in parts.items()}
+    for work in works.values():
+        work()  # pages are mapped
+    seconds = timing.interleave({name: partial(timing.timed, work) for name, work in works.items()}, rounds)
+    tokens = len(batches) * BATCH * SEQ_LEN
+    rates = {name: timing.spread(tokens / s / 1e6 for s in values) for name, values in seconds.items()}
     indices = np.arange(4096)
-    seconds = statistics.median(timed(functools.partial(permute, indices, 488_000_000, 1)) for _ in range(20))
-    figures["permuted index, ns"] = 1e9 * seconds / len(indices)
-    print(f"permuted index of 488 million: {figures['permuted index, ns']:.0f} ns, no memory, no start-up")
-    return figures
+    permuting = timing.spread(timing.timed(lambda: permute(indices, 488_000_000, 1)) for _ in range(20))
+    index_ns = 1e9 * permuting.median / len(indices)
+    header = [f"hot reads, batches of {BATCH} x {SEQ_LEN}", "Mtokens/s (goal 500)"]
+    text = f"{timing.table(header, rates.items())}\n\nPermuted index of 488 million: {index_ns:.0f} ns"
+    return {"mtokens_per_s": rates, "permuted_index_ns": index_ns}, f"## Reading\n\n{text}"
 
 
 def fetch_all(windows, batches: list[np.ndarray]) -> None:
@@ -172,27 +163,24 @@ HUGE_TOKENS, HUGE_DOCUMENTS = 10**12, 10**9
 SAMPLE_HUGE = "--sample_huge"  # how the script starts itself, so that memory is measured in a fresh process
 
 
-def bench_huge(folder: Path) -> dict | None:
-    """Seconds and memory to open a corpus of a million million tokens and take the first batch of it."""
+def bench_huge(folder: Path) -> tuple[dict, str]:
+    """Seconds and memory to open a corpus of a million million tokens and take batches of it."""
+    title = "## Opening and sampling 10^12 tokens in 10^9 documents"
     prefix = folder / "huge"
     try:
         write_huge(prefix)
     except OSError as error:
-        print(f"opening 10**12 tokens: not measured, this file system has no sparse files of that size ({error})")
-        return None
+        return {}, f"{title}\n\nNot measured: this file system has no sparse files of that size ({error})."
     orders = {}
     for world_size in (1, 2, 8):
         command = [sys.executable, __file__, SAMPLE_HUGE, str(prefix), str(world_size)]
         out = subprocess.run(command, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
-        seconds, megabytes, order = out.stdout.split()
-        orders[world_size] = order
+        *numbers, orders[world_size] = out.stdout.split()
     assert len(set(orders.values())) == 1, "the order depends on the number of ranks"
-    print(
-        f"opening and sampling 10**12 tokens in 10**9 documents: {float(seconds):.3f} s, {float(megabytes):.1f} MB "
-        "(goals 0.5 s, 64 MB); the same order on 1, 2 and 8 ranks"
-    )
-    return {"seconds": float(seconds), "megabytes": float(megabytes)}
+    seconds, megabytes = map(float, numbers)
+    text = f"{seconds:.3f} s (goal 0.5), {megabytes:.1f} MB (goal 64); the same order on 1, 2 and 8 ranks."
+    return {"seconds": seconds, "megabytes": megabytes}, f"{title}\n\n{text}"
 
 
 def write_huge(prefix: Path) -> None:
@@ -213,7 +201,7 @@ def write_huge(prefix: Path) -> None:
 
 def sample_huge(prefix: str, world_size: int) -> None:
     """Open, sample from the first and a far batch, and print seconds, MB and the order that the ranks see together."""
-    before, begun = peak(), time.perf_counter()
+    before, begun = resident(), time.perf_counter()
     windows = Windows(IndexedDataset(prefix), SEQ_LEN, sampler="epoch", seed=1)
     windows.batch(np.arange(BATCH))
     windows.batch(400_000_000 + np.arange(BATCH))
@@ -225,15 +213,15 @@ def sample_huge(prefix: str, world_size: int) -> None:
     print(seconds, megabytes, hashlib.sha256(order.tobytes()).hexdigest())
 
 
+def resident() -> float:
+    """MB that this process has in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
 def peak() -> float:
     """Most memory this process has had, MB. Its getrusage would count that of the process which started it."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def timed(work) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

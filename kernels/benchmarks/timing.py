@@ -18,19 +18,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some values, and the lowest and the highest."""
+    """The median of some values, their 20th and 80th percentiles, the lowest and the highest."""
 
     median: float
+    p20: float
+    p80: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return f"{self.median:.2f} ({self.p20:.2f}-{self.p80:.2f})"
 
 
 def spread(values: Iterable[float]) -> Spread:
     values = sorted(values)
-    return Spread(statistics.median(values), values[0], values[-1])
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
+    return Spread(statistics.median(values), fifths[0], fifths[-1], values[0], values[-1])
 
 
 def paired(values: list[float], others: list[float]) -> Spread:
@@ -57,22 +60,23 @@ def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[st
 # -- the command line and the report
 
 
-def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
+def arguments(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--rounds", type=int, help="how often the variants take turns")
     parser.add_argument("--quick", action="store_true", help="one round of the smallest sizes: that it runs at all")
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON and the tables as Markdown")
     return parser
 
 
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(*packages: str) -> dict:
     """The processor, the cores this process may use, and the versions of ``packages``."""
-    return {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    versions = {name: version(name) for name in packages}
+    return {"cpu": _processor(), "cores": cores(), "python": platform.python_version(), **versions}
 
 
 def _processor() -> str:
@@ -89,9 +93,7 @@ def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table with columns as wide as what is in them."""
     cells = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -105,7 +107,7 @@ class Report:
         print(self.sections[1], flush=True)
 
     def add(self, key: str, figures: dict, text: str) -> None:
-        """One part of the measurement: its figures under ``key`` and what is shown of them."""
+        """One part of the measurement: its figures, stored under ``key``, and what is shown of them."""
         self.figures[key] = figures
         self.sections.append(text)
         print(f"\n{text}", flush=True)
