@@ -48,7 +48,6 @@ def _case(shape, dtype: torch.dtype, variant: str, work: Callable, *args) -> Cas
 
 def attention(quick: bool) -> Iterator[Case]:
     from megagpt_kernels.attention_backward import backward
-
     from megagpt_kernels.attention_forward import Setting, forward
 
     def work(shape: shapes.Attention, dtype: torch.dtype, p: float, deterministic: bool, documents: bool) -> None:
