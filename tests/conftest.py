@@ -5,8 +5,9 @@ import importlib
 import pytest
 from hypothesis import settings
 
-# A busy machine is no failure: pytest's own timeout ends what hangs.
-settings.register_profile("megagpt", deadline=None)
+# A busy machine is no failure: pytest's own timeout ends what hangs. The same examples at every run: errors in float32
+# are compared with torch's, and which of the two is lucky must not change from run to run.
+settings.register_profile("megagpt", deadline=None, derandomize=True)
 settings.load_profile("megagpt")
 
 

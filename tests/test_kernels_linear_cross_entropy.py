@@ -305,10 +305,9 @@ def test_a_compiled_graph_is_whole_and_gives_the_same(device):
     rows=st.integers(1, 12),
     ignored=st.sampled_from([0.0, 0.5]),
     z_loss=st.sampled_from([0.0, 0.1]),
-    seed=st.integers(0, 2**31),
 )
-def test_any_shape_is_as_accurate_as_torch(device, N, D, V, block, rows, ignored, z_loss, seed):
+def test_any_shape_is_as_accurate_as_torch(device, N, D, V, block, rows, ignored, z_loss):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
         patch.setattr(module, "BUFFER_BYTES", rows * 64 * -(-V // 64) * 4)
-        assert_as_accurate(*make_inputs(N, D, V, device=device, ignored=ignored, seed=seed), z_loss=z_loss)
+        assert_as_accurate(*make_inputs(N, D, V, device=device, ignored=ignored), z_loss=z_loss)
