@@ -133,8 +133,7 @@ def choice_label(n_choices: int | None = None, first: int = 0) -> Callable[[Draf
         index = ord(value.upper()) - ord("A") if letter else int(value) - first if value.isdecimal() else -1
         if not 0 <= index < n:
             raise DataError(
-                f"{d.place}: label {value[:40]!r} names none of the {n} choices; "
-                f"number them from {first}, or write A, B, ..."
+                f"{d.place}: label {value[:40]!r} names none of the {n} choices; number them from 0, or write A, B, ..."
             )
         return index
 
