@@ -4,8 +4,9 @@
 
 A save of weights and Adam's moments in four forms: torch.save as it is (bytes in the page cache, no hash), the same
 followed by fsync, the same followed by fsync and SHA-256, and ours, which promises what the last one does and a rename
-besides. Then the seconds from starting train.py to the first step of a resumed run. The disk is that of the folder for
-temporary files; TMPDIR names another.
+besides. Beside them what the disk allows: the same bytes, ready in memory, written and forced to disk. Then the seconds
+from starting train.py to the first step of a resumed run. The disk is that of the folder for temporary files; TMPDIR
+names another.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from megagpt.train import checkpoint, engine, manifest, optim
 REPO = Path(__file__).parents[2]
 WIDTH, VOCAB, SEQ_LEN = 512, 8192, 64
 OURS, PEERS = "megagpt", ("torch.save", "torch.save, fsync", "torch.save, fsync, sha256")
+DISK = "bytes alone, fsync"
 
 
 def main() -> None:
@@ -60,8 +62,10 @@ def bench_save(folder: Path, layers: int, rounds: int) -> tuple[dict, str]:
     checkpoint.allow_checkpoint_classes()
     saved = save_ours(built, config, folder)
     gigabytes = sum(entry["size"] for entry in manifest.read(saved)["files"].values()) / 1e9
-    states = [torch.load(path, weights_only=True) for path in sorted(saved.glob("*_states.pt"))]
+    files = sorted(saved.glob("*_states.pt"))
+    states = [torch.load(path, weights_only=True) for path in files]
     works = {name: partial(save_plainly, states, sync="fsync" in name, hashed="sha256" in name) for name in PEERS}
+    works[DISK] = partial(write_bytes, [path.read_bytes() for path in files])
     works[OURS] = partial(save_ours, built, config)
     numbers = count()
 
@@ -125,6 +129,13 @@ def save_plainly(states: list, folder: Path, *, sync: bool, hashed: bool) -> Non
             with open(path, "rb", buffering=0) as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
+
+
+def write_bytes(contents: list[bytes], folder: Path) -> None:
+    for i, content in enumerate(contents):
+        path = folder / f"{i}.pt"
+        path.write_bytes(content)
+        manifest.fsync(path)
 
 
 # -- restarting

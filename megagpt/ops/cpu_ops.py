@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagpt.ops import torch_ops
-from megagpt.ops.masks import PooledMasks, row_blocks
+from megagpt.ops.masks import PooledMasks
 from megagpt.ops.precision import product_dtype
-from megagpt.ops.torch_ops import layer_norm, linear_cross_entropy
+from megagpt.ops.torch_ops import bias_gelu, layer_norm, linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -75,46 +75,3 @@ def packed_attention(qkv: Tensor, **options) -> Tensor:
     """``torch_ops.packed_attention``."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return attention(q, k, v, **options).transpose(1, 2)
-
-
-_SLOPE, _CUBE = 2 * 0.7978845608028654, 0.044715  # GELU(u) = u sigmoid(_SLOPE (u + _CUBE u^3)); sqrt(2 / pi)
-_BLOCK = 1 << 16  # elements; a block and its three buffers stay in a core's cache
-
-
-class _BiasGelu(torch.autograd.Function):
-    """torch's GELU spends most of its time on tanh, twice; here its derivative is kept in place of its input.
-
-    With z = _SLOPE (u + _CUBE u^3) and s = sigmoid(z): GELU' = s + u z' s (1 - s), and u z' = 3 z - 2 _SLOPE u.
-    """
-
-    @staticmethod
-    def forward(ctx, x, bias):
-        flat = x.reshape(-1, x.shape[-1])
-        y, slope = torch.empty_like(flat), torch.empty_like(flat)
-        blocks = row_blocks(*flat.shape, _BLOCK)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        buffers = torch.empty(3, *flat[blocks[0]].shape, dtype=wide)
-        constant = torch.full(bias.shape, _SLOPE, dtype=wide)
-        for rows in blocks:
-            u, z, s = buffers[:, : rows.stop - rows.start]
-            torch.add(flat[rows], bias, out=u)
-            torch.addcmul(constant, u, u, value=_SLOPE * _CUBE, out=z).mul_(u)
-            torch.sigmoid(z, out=s)
-            torch.mul(u, s, out=y[rows])
-            z.sub_(u, alpha=_SLOPE * 2 / 3)
-            torch.ops.aten.sigmoid_backward.grad_input(z, s, grad_input=z)
-            torch.add(s, z, alpha=3.0, out=slope[rows])
-        ctx.save_for_backward(slope)
-        return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (slope,) = ctx.saved_tensors
-        dx = dy * slope.view(dy.shape)
-        return dx, dx.reshape(-1, dx.shape[-1]).sum(0)
-
-
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """``torch_ops.bias_gelu``."""
-    return _BiasGelu.apply(x, bias)

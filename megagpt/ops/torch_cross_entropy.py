@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden, dtype=product) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-        words, counts = weight.to(product), counted.to(exact)
+        words, counts, kept = weight.to(product), counted.to(exact), counted.to(product)[:, None]
         total = torch.zeros((), dtype=exact, device=hidden.device)
         for chunk in _chunks(len(hidden), len(weight), hidden.device.type):
             rows = hidden[chunk].to(product)
@@ -62,9 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = d_logits.to(product)
             if need_hidden:
-                torch.mm(d_logits, words, out=d_hidden[chunk]).mul_(counted[chunk, None])
+                torch.mm(d_logits, words, out=d_hidden[chunk]).mul_(kept[chunk])
             if need_weight:
-                _add_product(d_weight, d_logits.mT, rows * counted[chunk, None])
+                _add_product(d_weight, d_logits.mT, rows * kept[chunk])
         n = counts.sum().clamp(min=1)
         ctx.save_for_backward(d_hidden, d_weight, n)
         ctx.dtypes = hidden.dtype, weight.dtype
