@@ -13,6 +13,7 @@ from megagpt.version import __version__
 COMMANDS = {  # name: (module, function of the remaining arguments, one line of help)
     "prepare": ("megagpt.data.main", "prepare_main", "turn text files into a tokenised corpus"),
     "data": ("megagpt.data.main", "data_main", "verify, merge or describe tokenised corpora"),
+    "tasks": ("megagpt.finetune.listing", "tasks_main", "list the tasks that finetune.py knows by name"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
 }
 

@@ -116,8 +116,8 @@ def number_label(low: float = -math.inf, high: float = math.inf) -> Callable[[Dr
     return label
 
 
-def choice_label(n_choices: int | None = None, first: int = 0) -> Callable[[Draft], int | None]:
-    """The index of the right choice, written as a number from ``first`` on or as a letter from A on.
+def choice_label(n_choices: int | None = None) -> Callable[[Draft], int | None]:
+    """The index of the right choice, written as a number from 0 on or as a letter from A on.
 
     With ``n_choices``, every example must have so many.
     """
@@ -130,7 +130,7 @@ def choice_label(n_choices: int | None = None, first: int = 0) -> Callable[[Draf
             return None
         value = d.label.strip()
         letter = len(value) == 1 and value.isalpha() and value.isascii()
-        index = ord(value.upper()) - ord("A") if letter else int(value) - first if value.isdecimal() else -1
+        index = ord(value.upper()) - ord("A") if letter else int(value) if value.isdecimal() else -1
         if not 0 <= index < n:
             raise DataError(
                 f"{d.place}: label {value[:40]!r} names none of the {n} choices; number them from 0, or write A, B, ..."

@@ -56,7 +56,6 @@ class Task:
     quoting: str = "auto"
     read: Callable[[Path], Part] | None = None  # instead of columns
     n_choices: int | None = None  # each example must have so many
-    first_choice: int = 0  # how the first choice is numbered
     ordinal: bool = False  # labels are scores, and targets lie anywhere between them
     hierarchy: str = ""  # separates the levels of a label
     held_out: int = 0  # examples taken from train for validation where a set has no file for it
@@ -249,7 +248,7 @@ def load_task(name: str, folder: str | Path) -> TaskData:
 def _labels(task: Task, train: Part):
     """Names of the classes, their parents, and the function from a draft to its label."""
     if task.kind == "choose":
-        return (), (), choice_label(task.n_choices, task.first_choice)
+        return (), (), choice_label(task.n_choices)
     if task.ordinal:
         return task.labels, (), number_label(float(task.labels[0]), float(task.labels[-1]))
     labels, parents = tree(task.labels or found_labels(train), task.hierarchy)
