@@ -63,6 +63,8 @@ def part_of(rows: Rows, make: Callable[[Row, int], Draft | Sequence[Draft]], *, 
 
 def split(name: str, part: Part, to_label: Callable[[Draft], object]) -> Split:
     """The examples of ``part`` with their labels. Raises DataError when it has none or a label does not fit."""
+    if not part.drafts and not part.bad:
+        raise DataError(f"there are no examples for {name}; give the folder of the task as it was published")
     if not part.drafts:
         raise DataError(f"no row for {name} can be used: {len(part.bad):,} are bad; the first: {part.bad[0]}")
     examples = tuple(Example(d.id, d.texts, d.choices, to_label(d)) for d in part.drafts)
