@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megagpt.config.flags import parse_flags
 from megagpt.errors import DataError
+from megagpt.finetune.papers import published
 from megagpt.finetune.score import constant_baselines
 from megagpt.finetune.tasks import TASKS, Task, find_folder, find_task, load_task
 
@@ -41,9 +42,9 @@ def _print(tasks: list[Task], folder: str | None) -> None:
     table.add_column("GPT-1", justify="right")
     table.add_column("source", no_wrap=True)
     for task in tasks:
-        paper = "" if task.paper is None else f"{task.paper:.1f}"
+        paper = published(task.name, next(iter(task.valid), "dev"))
         sizes = _sizes(task, folder) if folder else ()
-        table.add_row(task.name, task.kind, task.metrics[0], *sizes, paper, task.source)
+        table.add_row(task.name, task.kind, task.metrics[0], *sizes, f"{paper:.1f}" if paper else "", task.source)
     # A line stays a line where nobody looks at it: files and pipes have no width.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
