@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     "data": ("megagpt.data.main", "data_main", "verify, merge or describe tokenised corpora"),
     "tasks": ("megagpt.finetune.listing", "tasks_main", "list the tasks that finetune.py knows by name"),
     "finetune": ("megagpt.finetune.commands", "finetune_main", "compare fine-tuning runs, pack a GLUE submission"),
+    "study": ("megagpt.finetune.study", "study_main", "sweep fine-tuning: blocks taken over, examples, ablations"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
 }
 

@@ -68,7 +68,7 @@ def _report(argv: list[str]) -> None:
 
 
 def _glue(argv: list[str]) -> None:
-    settings = parse_flags(GlueSettings, argv, prog="megagpt finetune glue", bare={"fill": "True"})
+    settings = parse_flags(GlueSettings, argv, prog="megagpt finetune glue")
     try:
         notes = glue.write_submission(_runs(settings.run), Path(settings.output), fill=settings.fill)
     except OSError as error:

@@ -45,7 +45,7 @@ def write_submission(runs: Sequence[Run], output: Path, *, fill: bool = False) -
     if missing and not fill:
         raise DataError(
             f"no run has predictions for {', '.join(missing)}; fine-tune on these tasks with their test files, "
-            "or answer them with a constant: --fill true"
+            "or answer them with a constant: --fill"
         )
     notes = [f"{name}: no run, a constant answer" for name in missing]
     with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -121,8 +121,8 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
                         split,
                         variant,
                         metric,
-                        tuple(sorted(_shown(metric, value) for value in values)),
-                        None if constant is None else _shown(metric, constant),
+                        tuple(sorted(shown(metric, value) for value in values)),
+                        None if constant is None else shown(metric, constant),
                         published(task, split, variant) if first else None,
                         group[0].train_examples,
                     )
@@ -155,7 +155,8 @@ def _glue_averages(lines: list[Line]) -> list[Line]:
     return averages
 
 
-def _shown(metric: str, value: float) -> float:
+def shown(metric: str, value: float) -> float:
+    """A score in percent, an error as it is."""
     return value if metric in METRICS and METRICS[metric].lower_is_better else 100 * value
 
 
