@@ -9,10 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
+	@echo "make quickstart-finetune   the same model fine-tuned: which package does a docstring belong to?"
 	@echo "make test         install and run the tests"
 	@echo "make lint         check style"
 	@echo "make bench        measure data preparation, training and checkpoints on this CPU"
@@ -34,6 +35,9 @@ $(INSTALLED): pyproject.toml
 
 quickstart: install
 	$(BIN)/python -m megagpt.tools.quickstart
+
+quickstart-finetune: install
+	$(BIN)/python -m megagpt.tools.quickstart_finetune
 
 test: install
 	$(BIN)/python -m pytest
