@@ -20,7 +20,6 @@ GPT1 = {
     "mrpc": 82.3,
     "stsb": 82.0,
     "qqp": 70.3,
-    "glue": 72.8,
 }
 
 # What the paper compares with: the best before it.
@@ -40,15 +39,14 @@ BEFORE_GPT1 = {
     "mrpc": 86.0,
     "stsb": 81.0,
     "qqp": 66.1,
-    "glue": 68.9,
 }
 
-_ABLATED = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
-ABLATIONS = {  # table 5
-    "full": dict(zip(_ABLATED, (45.4, 91.3, 82.3, 82.0, 70.3, 81.8, 88.1, 56.0), strict=True)),
-    "from scratch": dict(zip(_ABLATED, (18.9, 84.0, 79.4, 30.9, 65.5, 75.7, 71.2, 53.8), strict=True)),
-    "no auxiliary LM": dict(zip(_ABLATED, (47.9, 92.0, 84.9, 83.2, 69.8, 81.1, 86.9, 54.4), strict=True)),
-    "LSTM": dict(zip(_ABLATED, (30.3, 90.5, 83.2, 71.8, 68.1, 73.7, 81.1, 54.6), strict=True)),
+_ABLATED = ("glue", "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+ABLATIONS = {  # table 5; the average without WNLI, with which the benchmark's own is 72.8
+    "full": dict(zip(_ABLATED, (74.7, 45.4, 91.3, 82.3, 82.0, 70.3, 81.8, 88.1, 56.0), strict=True)),
+    "from scratch": dict(zip(_ABLATED, (59.9, 18.9, 84.0, 79.4, 30.9, 65.5, 75.7, 71.2, 53.8), strict=True)),
+    "no auxiliary LM": dict(zip(_ABLATED, (75.0, 47.9, 92.0, 84.9, 83.2, 69.8, 81.1, 86.9, 54.4), strict=True)),
+    "LSTM": dict(zip(_ABLATED, (69.1, 30.3, 90.5, 83.2, 71.8, 68.1, 73.7, 81.1, 54.6), strict=True)),
 }
 
 # "Power of Transfer Learning in NLP", tweets about airlines: accuracy on its own split of the same tweets.
@@ -57,6 +55,6 @@ AIRLINE_ULMFIT = 82.93
 
 def published(task: str, split: str, variant: str = "full") -> float | None:
     """The result to stand beside a run's: of GPT-1, in the paper's ablation where ``variant`` is one; None without."""
-    if variant != "full":
+    if variant != "full" or task == "glue":
         return ABLATIONS.get(variant, {}).get(task)
     return GPT1.get(f"{task}/{split}", GPT1.get(task))
