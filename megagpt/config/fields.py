@@ -24,7 +24,9 @@ class TrainSettings:
     run_dir: str  # folder of this run: checkpoints, metrics.jsonl, TensorBoard, run.json
 
     # the model
-    model: str | None = None  # gpt1, gpt2-small|medium|large|xl, 1.3b ... 175b or tiny (gpt1 unless --init_from says)
+    model: str | None = (
+        None  # gpt1, gpt2-small|medium|large|xl, 1.3b ... 175b, tiny or lstm (gpt1 unless --init_from says)
+    )
     n_layer: int | None = None  # number of blocks
     d_model: int | None = None  # width
     n_head: int | None = None  # attention heads

@@ -30,6 +30,8 @@ _GPT1_VOCAB, _GPT2_VOCAB = 40_478, 50_257
 MODELS = {
     #                    norm    L   d      h   C     vocabulary
     "tiny": _model("pre", 4, 128, 4, 128, 8_192, _DROPOUT),
+    # the ablation of the GPT-1 paper: one layer of 2,048 units in the place of the blocks
+    "lstm": {**_model("post", 1, 768, 12, 512, _GPT1_VOCAB, _DROPOUT), "d_ff": 2048, "backbone": "lstm"},
     "gpt1": _model("post", 12, 768, 12, 512, _GPT1_VOCAB, _DROPOUT),
     "gpt2-small": _model("pre", 12, 768, 12, 1024, _GPT2_VOCAB, _DROPOUT),
     "gpt2-medium": _model("pre", 24, 1024, 16, 1024, _GPT2_VOCAB, _DROPOUT),
@@ -71,6 +73,7 @@ _GPT2_TRAINING = _training(512, 2.5e-4, 2000)
 TRAINING = {
     "tiny": _training(64, 1e-3, 100),
     "gpt1": _training(64, 2.5e-4, 2000, epochs=100.0),
+    "lstm": _training(64, 2.5e-4, 2000, epochs=100.0),
     "gpt2-small": _GPT2_TRAINING,
     "gpt2-medium": _GPT2_TRAINING,
     "gpt2-large": _GPT2_TRAINING,

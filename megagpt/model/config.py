@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 
 from megagpt.errors import ConfigError, nearest
 
-_CHOICES = {"norm": ("pre", "post"), "embd_dropout_mode": ("sum", "matrix")}
+_CHOICES = {"norm": ("pre", "post"), "embd_dropout_mode": ("sum", "matrix"), "backbone": ("transformer", "lstm")}
 _SIZES = ("vocab_size", "seq_len", "n_layer", "n_head", "d_model", "d_ff")
 _RATES = ("embd_dropout", "attn_dropout", "resid_dropout")
 
@@ -27,6 +27,8 @@ class GPTConfig:
     # occurrence of a token and by the tied output projection (released GPT-1 code).
     embd_dropout_mode: str = "sum"
     layer_norm_eps: float = 1e-5
+    # "lstm": blocks of a recurrent layer of d_ff units and no position table (norm and n_head mean nothing then)
+    backbone: str = "transformer"
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0: none, 1: all
 
     def __post_init__(self) -> None:
@@ -60,6 +62,9 @@ class GPTConfig:
     def n_params(self) -> int:
         """Number of trained parameters; the output projection is the token embedding."""
         d, f = self.d_model, self.d_ff
+        if self.backbone == "lstm":
+            recurrent = 4 * f * (d + f) + 8 * f  # four gates with two biases each
+            return self.vocab_size * d + self.n_layer * (recurrent + f * d + d)
         attention = 3 * d * d + 3 * d + d * d + d
         mlp = 2 * d * f + f + d
         norms = 4 * d
@@ -70,12 +75,18 @@ class GPTConfig:
         """FLOPs of forward and backward a token, for sequences of ``seq_len``: 6 N + 6 L T d.
 
         N counts every parameter, the tied head once; the second term is causal attention, counted without its masked
-        half (4 T d forward a layer, halved, times three for forward and backward).
+        half (4 T d forward a layer, halved, times three for forward and backward). An LSTM has no second term.
         """
+        if self.backbone == "lstm":
+            return 6.0 * self.n_params()
         return 6.0 * self.n_params() + 6.0 * self.n_layer * (seq_len or self.seq_len) * self.d_model
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """The fields as plain data. A transformer does not say that it is one: checkpoints of old do not either."""
+        values = asdict(self)
+        if self.backbone == "transformer":
+            del values["backbone"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPTConfig":

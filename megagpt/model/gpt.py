@@ -1,4 +1,4 @@
-"""A decoder-only transformer with tied embeddings, in GPT-1's (post-norm) and GPT-2's (pre-norm) order."""
+"""A decoder with tied embeddings: a transformer in GPT-1's (post-norm) or GPT-2's (pre-norm) order, or an LSTM."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.blocks import AddLayerNorm, Embedding, PostNormBlock, PreNormBlock
 from megagpt.model.config import GPTConfig
+from megagpt.model.lstm import RecurrentBlock
 from megagpt.ops import Ops
+
+_BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock, "lstm": RecurrentBlock}
 
 
 class GPT(nn.Module):
@@ -18,10 +21,10 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops
         self.wte = Embedding(config.vocab_size, config.d_model)
-        self.wpe = Embedding(config.seq_len, config.d_model)
-        block = PreNormBlock if config.norm == "pre" else PostNormBlock
-        self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
-        self.ln_f = AddLayerNorm(config, ops, prenorm=False) if config.norm == "pre" else None
+        self.wpe = None if config.backbone == "lstm" else Embedding(config.seq_len, config.d_model)
+        kind = "lstm" if config.backbone == "lstm" else config.norm
+        self.blocks = nn.ModuleList(_BLOCKS[kind](config, ops) for _ in range(config.n_layer))
+        self.ln_f = AddLayerNorm(config, ops, prenorm=False) if kind == "pre" else None
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) int64 their mean cross-entropy in float32; -100 is ignored."""
@@ -47,12 +50,12 @@ class GPT(nn.Module):
         return x if self.ln_f is None else self.ln_f(x, residual, seeds[-1])
 
     def _embed(self, ids: Tensor, seed: Tensor | None, position_seed: Tensor | None) -> Tensor:
-        """Token plus position embeddings (B, T, D)."""
+        """Token plus position embeddings (B, T, D), of tokens alone where there is no position table."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         if self._drops_tables:
-            words, places = self._table(self.wte, seed), self._table(self.wpe, position_seed)
-            return F.embedding(ids, words) + F.embedding(positions, places)
-        x = self.wte(ids) + self.wpe(positions)
+            words = F.embedding(ids, self._table(self.wte, seed))
+            return words if self.wpe is None else words + F.embedding(positions, self._table(self.wpe, position_seed))
+        x = self.wte(ids) if self.wpe is None else self.wte(ids) + self.wpe(positions)
         return self.ops.dropout(x, p=self.config.embd_dropout, seed=seed) if self.training else x
 
     @property
@@ -84,4 +87,4 @@ def decays(name: str) -> bool:
 
     By name: under ZeRO-3 a parameter has no shape to go by.
     """
-    return name.endswith(".weight") and ".ln_" not in f".{name}"
+    return name.rpartition(".")[2].startswith("weight") and ".ln_" not in f".{name}"

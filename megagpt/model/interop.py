@@ -39,6 +39,7 @@ def to_transformers(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, 
     Transposed tensors are copies. The output projection is the token embedding itself, under both names. Raises
     CheckpointError unless ``weights`` are exactly the parameters of such a model.
     """
+    _refuse_recurrent(config)
     entries = list(_entries(config))
     _check(weights, {entry.ours: entry.shape for entry in entries}, config)
     converted = {_PREFIX + entry.theirs: _turned(weights[entry.ours], entry) for entry in entries}
@@ -51,6 +52,7 @@ def from_transformers(weights: dict[str, Tensor], config: GPTConfig) -> dict[str
     Transposed tensors are copies. Raises CheckpointError unless ``weights`` are exactly the parameters of such a model
     (causal masks, and the output projection where it is the token embedding, may be there too).
     """
+    _refuse_recurrent(config)
     weights = {name.removeprefix(_PREFIX): x for name, x in weights.items() if not name.endswith(_CAUSAL_MASKS)}
     head = weights.pop(_HEAD, None)
     entries = list(_entries(config))
@@ -58,6 +60,11 @@ def from_transformers(weights: dict[str, Tensor], config: GPTConfig) -> dict[str
     if head is not None and not head.equal(weights[entries[0].theirs]):
         raise CheckpointError(f"{_HEAD} differs from {entries[0].theirs}: only models that share the two can be read")
     return {entry.ours: _turned(weights[entry.theirs], entry) for entry in entries}
+
+
+def _refuse_recurrent(config: GPTConfig) -> None:
+    if config.backbone != "transformer":
+        raise CheckpointError(f"transformers has no model like this one, whose backbone is an {config.backbone}")
 
 
 def _entries(config: GPTConfig) -> Iterator[_Entry]:
