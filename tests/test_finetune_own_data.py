@@ -5,6 +5,8 @@ import json
 import lzma
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megagpt.errors import ConfigError, DataError
 from megagpt.finetune.examples import Example, Split, TaskData
@@ -233,3 +235,29 @@ def test_a_smaller_training_set_keeps_every_class_and_its_share():
 def test_the_identity_of_a_task_changes_with_any_example():
     assert _task([0, 1]).identity() == _task([0, 1]).identity()
     assert _task([0, 1]).identity() != _task([1, 0]).identity()
+
+
+PIECES = ["text", "label", "a", "1", "", " ", ",", "\t", '"', "\n", "\r\n", "{", "}", "[", "null", "NaN"]
+PIECES += ["\0", "\ufeff", "é", "\u2028", "\ud800", '{"text": "x", "label": 1}', '{"text": NaN, "label": "y"}']
+
+
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), max_size=30),
+    ending=st.sampled_from([".csv", ".tsv", ".jsonl"]),
+    kind=st.sampled_from(["classify", "multilabel", "regress"]),
+    header=st.booleans(),
+)
+def test_any_bytes_are_a_task_or_a_data_error(tmp_path_factory, pieces, ending, kind, header):
+    path = tmp_path_factory.getbasetemp() / f"any{ending}"
+    begin = {".csv": "text,label\n", ".tsv": "text\tlabel\n"}.get(ending, "") if header else ""
+    path.write_bytes((begin + "".join(pieces)).encode("utf-8", "surrogatepass"))
+    try:
+        data, message = load_files(str(path), {}, columns=Columns(kind)), ""
+    except DataError as error:
+        data, message = None, str(error)
+    if data is None:
+        assert message
+        assert "\n" not in message
+        return
+    assert all(text for e in data.train.examples for text in e.texts)
+    data.identity()

@@ -45,10 +45,12 @@ def test_a_line_has_the_median_and_the_range_over_seeds_beside_constant_and_pape
         ({}, "full"),
         ({"recipe": "gpt1", "head": "linear", "lm_coef": 0.5}, "full"),
         ({"lm_coef": 0}, "no auxiliary LM"),
-        ({"from_scratch": True, "n_transfer": None}, "from scratch"),
-        ({"n_transfer": 0}, "0 layers"),
+        ({"from_scratch": True, "n_transfer": -1, "n_layer": 12}, "from scratch"),
+        ({"n_transfer": 12, "n_layer": 12}, "full"),
+        ({"n_transfer": 0, "n_layer": 12}, "0 of 12 blocks"),
+        ({"recipe": "ulmfit", "lm_coef": 0}, "ulmfit"),
         ({"recipe": "ulmfit", "head": "pooled_mlp", "limit_train": 500}, "ulmfit, head pooled_mlp, 500 examples"),
-        ({"model": "lstm"}, "LSTM"),
+        ({"backbone": "lstm"}, "LSTM"),
     ],
 )
 def test_a_run_is_named_by_what_it_does_otherwise_than_the_paper(summary, variant):

@@ -86,17 +86,19 @@ def read_run(folder: Path) -> Run | None:
 def variant_of(summary: dict) -> str:
     """What a run did otherwise than the paper's recipe, in words."""
     words = []
-    if str(summary.get("model") or "").startswith("lstm"):
+    paper_recipe = summary.get("recipe", "gpt1") == "gpt1"
+    n_layer = summary.get("n_layer")
+    if summary.get("backbone") == "lstm":
         words.append("LSTM")
-    if summary.get("recipe", "gpt1") != "gpt1":
+    if not paper_recipe:
         words.append(str(summary["recipe"]))
     if summary.get("head", "linear") != "linear":
         words.append(f"head {summary['head']}")
     if summary.get("from_scratch"):
         words.append("from scratch")
-    elif summary.get("n_transfer") is not None:
-        words.append(f"{summary['n_transfer']} layers")
-    if summary.get("lm_coef") == 0:
+    elif n_layer and summary.get("n_transfer", n_layer) != n_layer:
+        words.append(f"{summary['n_transfer']} of {n_layer} blocks")
+    if paper_recipe and summary.get("lm_coef") == 0:
         words.append("no auxiliary LM")
     if summary.get("limit_train"):
         words.append(f"{summary['limit_train']:g} examples")
