@@ -47,12 +47,11 @@ def multiplier_of(ops, p, *shape, seed=SEED):
     return ops.dropout(torch.ones(shape), p=p, seed=seed)
 
 
-@BACKENDS
-def test_gelu_has_the_values_of_the_tanh_form(ops):
+def test_gelu_has_the_values_of_the_tanh_form():
     """The erf form differs from these by up to 4.7e-4."""
     x = torch.tensor([-3, -1, -0.5, 0.5, 1, 2.2, 3], dtype=torch.float64)
     golden = [-0.0036373921, -0.1588080094, -0.1542859902, 0.3457140098, 0.8411919906, 2.1696785270, 2.9963626079]
-    y = ops.bias_gelu(x - 0.25, torch.full((7,), 0.25, dtype=torch.float64))
+    y = torch_ops.bias_gelu(x - 0.25, torch.full((7,), 0.25, dtype=torch.float64))
     assert y.tolist() == pytest.approx(golden, abs=5e-11)
 
 
@@ -61,23 +60,14 @@ def test_gelu_has_the_values_of_the_tanh_form(ops):
 def test_bias_gelu_is_as_accurate_as_its_definition(shape, dtype, poisoned_memory):
     inputs = {"x": draw(0, *shape, std=2), "bias": draw(1, shape[-1])}
     assert_as_accurate(torch_ops.bias_gelu, plain_gelu, inputs, dtype)
-    assert_as_accurate(cpu_ops.bias_gelu, plain_gelu, inputs, dtype, peer=torch_ops.bias_gelu)
 
 
-@BACKENDS
-def test_gelu_is_finite_far_out(ops):
+def test_gelu_is_finite_far_out():
     x = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4], requires_grad=True)
-    y = ops.bias_gelu(x, torch.zeros(5))
+    y = torch_ops.bias_gelu(x, torch.zeros(5))
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert y.tolist() == [0, 0, 0, 30, 1e4]
     assert slope.tolist() == [0, 0, 0.5, 1, 1]
-
-
-def test_gelu_in_blocks_is_gelu(monkeypatch):
-    monkeypatch.setattr(cpu_ops, "_BLOCK", 20)
-    for rows in (1, 2, 3, 7):
-        inputs = {"x": draw(0, rows, 9), "bias": draw(1, 9)}
-        assert_equal_to_rounding(cpu_ops.bias_gelu, plain_gelu, inputs)
 
 
 @BACKENDS
@@ -224,7 +214,7 @@ def test_a_second_derivative_is_refused_where_it_would_be_wrong(ops):
         lambda: ops.linear_cross_entropy(x, weight[None], torch.zeros(4, dtype=torch.int64)),
     ]
     if ops is cpu_ops:
-        functions += [lambda: ops.bias_gelu(x, weight), lambda: cpu_ops._WideLinear.apply(x, weight[None], None)]
+        functions.append(lambda: cpu_ops._WideLinear.apply(x, weight[None], None))
     for function in functions:
         leaf = q if function is functions[1] else x
         (slope,) = torch.autograd.grad(function().square().sum(), leaf, create_graph=True)

@@ -45,8 +45,10 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error_type, *_) -> None:
         if self._bar:
+            if error_type is None:  # a job may end a few bytes before or behind what was estimated
+                self._bar.update(self._bar.task_ids[0], completed=self._total)
             self._bar.stop()
 
 

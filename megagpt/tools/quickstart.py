@@ -18,7 +18,7 @@ import torch
 
 CORPUS = Path("data/quickstart")
 RUN_DIR = Path("runs/quickstart")
-STEPS = 1000  # about three minutes on two cores
+STEPS = 800  # about three minutes on two cores
 BIN = Path(sys.executable).parent
 
 
