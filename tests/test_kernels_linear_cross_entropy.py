@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_common import assert_captured_by_a_graph
+from numerics import DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +16,6 @@ from megagpt_kernels.linear_cross_entropy import linear_cross_entropy
 
 module = importlib.import_module("megagpt_kernels.linear_cross_entropy")  # the package has the function by this name
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def unfused(hidden, weight, targets, *, ignore_index=-100, z_loss=0.0):
@@ -41,8 +42,11 @@ def loss_and_gradients(function, hidden, weight, targets, **options):
     return {"loss": loss.detach(), "d_hidden": d_hidden, "d_weight": d_weight}
 
 
-def assert_as_accurate(hidden, weight, targets, **options):
-    """The error against float64 is at most twice that of torch's own operations in the same dtype."""
+def assert_as_accurate(hidden, weight, targets, *, roundings=1, **options):
+    """The error against float64 is at most twice that of torch's own operations in the same dtype.
+
+    So many ``roundings`` of the largest value are always allowed.
+    """
     ours = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, **options)
     theirs = loss_and_gradients(unfused, hidden, weight, targets, **options)
     truth = loss_and_gradients(unfused, hidden.double(), weight.double(), targets, **options)
@@ -51,7 +55,7 @@ def assert_as_accurate(hidden, weight, targets, **options):
         assert name == "loss" or ours[name].dtype == hidden.dtype
         error = (ours[name].double() - truth[name]).abs().max().item()
         baseline = (theirs[name].double() - truth[name]).abs().max().item()
-        floor = torch.finfo(ours[name].dtype).eps * truth[name].abs().max().item()
+        floor = roundings * torch.finfo(ours[name].dtype).eps * truth[name].abs().max().item()
         assert error <= 2 * baseline + floor, f"{name}: error {error:.2e}, torch's own {baseline:.2e}"
 
 
@@ -62,13 +66,14 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture
-def small_buffer(monkeypatch):
+def rows_at_once(monkeypatch):
     """A function that sets how many rows of V words a chunk has."""
 
-    def rows(n, V, dtype):
-        monkeypatch.setattr(module, "BUFFER_BYTES", n * 64 * -(-V // 64) * dtype.itemsize)
+    def limit(rows, V, dtype):
+        monkeypatch.setattr(module, "BUFFER_BYTES", rows * 64 * -(-V // 64) * dtype.itemsize)
+        monkeypatch.setattr(module, "EXTRA_BYTES", 0)
 
-    return rows
+    return limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,25 +92,27 @@ def test_rows_read_in_blocks_are_as_accurate_as_torch(V, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 11, 12])
-def test_chunks_are_as_accurate_as_torch(rows, dtype, device, small_buffer):
-    small_buffer(rows, 70, dtype)
+def test_chunks_are_as_accurate_as_torch(rows, dtype, device, rows_at_once):
+    rows_at_once(rows, 70, dtype)
     assert_as_accurate(*make_inputs(12, 16, 70, dtype, device, ignored=0.3), z_loss=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_chunk_of_logits_is_larger_than_the_buffer(dtype):
+def test_logits_and_gradients_take_no_more_than_they_may(dtype):
     for N in (1, 100, 5000, 32768, 1_000_003):
         for V in (1, 256, 40478, 50257, 250_000):
-            rows = module._rows_of_a_chunk(N, V, dtype.itemsize)
-            padded = -(-V // 64) * 64
-            assert rows * padded * dtype.itemsize <= 512 * 10**6
-            assert rows >= min(N, 128)
-            assert rows % 128 == 0
+            for gradients in (0, 200 * 10**6, 10**9):
+                rows = module._rows_of_a_chunk(N, V, dtype.itemsize, gradients)
+                logits = rows * 64 * -(-V // 64) * dtype.itemsize
+                assert logits + gradients <= 512 * 10**6 or logits <= 256 * 10**6
+                assert rows >= min(N, 128)
+                assert rows % 128 == 0
 
 
 def test_chunks_of_gpt2_are_whole_tiles_of_even_size():
-    # 512e6 / (50304 * 2) = 5089 rows, 39 tiles of 128; 32768 rows in 7 chunks of 4681.1, 37 tiles.
-    assert module._rows_of_a_chunk(32768, 50257, 2) == 37 * 128
+    # Gradients: 32768 * 768 * 2 + 50257 * 768 * 4 = 204.7e6. They leave 307.3e6 / (50304 * 2) = 3054 rows, 23 tiles of
+    # 128, and so 12 chunks, of 2730.7 rows or 22 tiles.
+    assert module._rows_of_a_chunk(32768, 50257, 2, 204_721_152) == 22 * 128
 
 
 class Allocations(TorchDispatchMode):
@@ -123,9 +130,9 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_the_logits_of_all_rows_never_exist(device, small_buffer):
+def test_the_logits_of_all_rows_never_exist(device, rows_at_once):
     N, D, V = 40, 4, 128
-    small_buffer(8, V, torch.float32)
+    rows_at_once(8, V, torch.float32)
     inputs = make_inputs(N, D, V, device=device)
     with Allocations() as theirs:
         unfused(*inputs)
@@ -287,6 +294,12 @@ def test_torch_accepts_the_operation(needs, device):
     torch.library.opcheck(module._linear_cross_entropy, args)
 
 
+def test_torch_accepts_the_operation_that_scales_gradients(device):
+    gradient, one = torch.ones(3, 5, device=device), torch.ones((), device=device)
+    for dtype in DTYPES:
+        torch.library.opcheck(module._scaled, (one, one, gradient, dtype))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_compiled_graph_is_whole_and_gives_the_same(device):
     inputs = make_inputs(6, 8, 21, device=device, ignored=0.2)
@@ -309,5 +322,16 @@ def test_a_compiled_graph_is_whole_and_gives_the_same(device):
 def test_any_shape_is_as_accurate_as_torch(device, N, D, V, block, rows, ignored, z_loss):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
+        patch.setattr(module, "EXTRA_BYTES", 0)
         patch.setattr(module, "BUFFER_BYTES", rows * 64 * -(-V // 64) * 4)
-        assert_as_accurate(*make_inputs(N, D, V, device=device, ignored=ignored), z_loss=z_loss)
+        # Of few short sums it is luck whose are rounded worse; what a wrong shape does is larger by far.
+        inputs = make_inputs(N, D, V, device=device, ignored=ignored)
+        assert_as_accurate(*inputs, z_loss=z_loss, roundings=8)
+
+
+def test_a_cuda_graph_repeats_it(device):
+    if device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    hidden, weight, targets = make_inputs(300, 64, 1000, torch.float16, device)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    assert_captured_by_a_graph(lambda *inputs: (linear_cross_entropy(*inputs, targets),), leaves)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megagpt_kernels.runtime import launch
 
-BUFFER_BYTES = 512 * 10**6  # of a chunk's logits: 5,000 rows of GPT-2's vocabulary, enough for products at full speed
+EXTRA_BYTES = 512 * 10**6  # that a chunk's logits and the gradients may take together
+BUFFER_BYTES = 256 * 10**6  # that logits get at least: 2,500 rows of GPT-2's vocabulary, enough for fast products
 BLOCK = 1 << 14  # columns at once: 32 elements a thread for 16 warps, so that a multiprocessor has several rows
 # Gradients of logits are probabilities: in float16 those below 3e-8 would vanish. The products scale back.
 _GRADIENT_SCALE = {torch.float16: 256.0}
@@ -118,10 +119,10 @@ def _scale_kernel(x_ptr, out_ptr, numerator_ptr, denominator_ptr, n, BLOCK: tl.c
     tl.store(out_ptr + i, (x * factor).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
-def _rows_of_a_chunk(N: int, V: int, element_size: int) -> int:
+def _rows_of_a_chunk(N: int, V: int, element_size: int, gradient_bytes: int) -> int:
     """As many rows as fit the buffer, in whole tiles of the products, no chunk much smaller than another."""
     row_bytes = triton.cdiv(V, _ALIGNMENT) * _ALIGNMENT * element_size
-    most = max(1, BUFFER_BYTES // row_bytes)
+    most = max(1, max(BUFFER_BYTES, EXTRA_BYTES - gradient_bytes) // row_bytes)
     tile = min(most, 128)
     most -= most % tile
     rows = triton.cdiv(N, triton.cdiv(N, most))
@@ -179,7 +180,7 @@ def _forward(
     d_hidden = hidden.new_empty((N, D) if need_hidden else (0, D))
     d_weight = torch.zeros((V, D) if need_weight else (0, D), dtype=torch.float32, device=hidden.device)
     scale = _GRADIENT_SCALE.get(hidden.dtype, 1.0)
-    step = _rows_of_a_chunk(N, V, hidden.element_size()) if N else 1
+    step = _rows_of_a_chunk(N, V, hidden.element_size(), d_hidden.nbytes + d_weight.nbytes) if N else 1
     buffer = hidden.new_empty(min(step, N), triton.cdiv(V, _ALIGNMENT) * _ALIGNMENT)
     for begin in range(0, N, step):
         rows = hidden[begin : begin + step]
@@ -265,8 +266,9 @@ def linear_cross_entropy(
     """Mean over the targets that count of -log softmax(hidden weight^T)[target] + z_loss * log(sum exp)^2.
 
     hidden (N, D) and weight (V, D) of one dtype, float16, bfloat16 or float32, targets (N,) of an integer dtype; a
-    float32 scalar, 0 where every target is ``ignore_index``. Memory beside the gradients (weight's is summed in
-    float32): at most ``BUFFER_BYTES``. The gradients are computed here, where they are needed.
+    float32 scalar, 0 where every target is ``ignore_index``. The gradients are computed here, where they are needed,
+    weight's in float32. With them a call takes ``EXTRA_BYTES``, or as much as they and ``BUFFER_BYTES`` where that is
+    more: at most 512 MB beside the gradients, whatever N and V.
 
     A target outside of 0..V-1 raises RuntimeError in the interpreter and stops a GPU, as nothing waits for its answer.
     """
