@@ -363,8 +363,16 @@ def test_torch_accepts_the_operations(dropout_p, documents, device):
     seed = torch.tensor(1, device=device) if dropout_p else None
     cu_seqlens = torch.tensor([0, 7, 20], device=device) if documents else None
     ops = torch.ops.megagpt
-    torch.library.opcheck(ops.attention.default, (q, k, v, seed, cu_seqlens, True, dropout_p, 0.1, True))
-    torch.library.opcheck(ops.packed_attention.default, (qkv, seed, cu_seqlens, dropout_p, 0.1, True))
+    numbers = (dropout_p, 0.1, True)
+    separate, packed = (q, k, v, seed, cu_seqlens, True, *numbers), (qkv, seed, cu_seqlens, *numbers)
+    torch.library.opcheck(ops.attention.default, separate)
+    torch.library.opcheck(ops.packed_attention.default, packed)
+    with torch.no_grad():
+        saved, packed_saved = ops.attention(*separate), ops.packed_attention(*packed)
+        q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
+        dout = torch.randn_like(qkv[:, :, 0])
+        torch.library.opcheck(ops.attention_backward.default, (dout, q, k, v, *saved, True, *numbers))
+        torch.library.opcheck(ops.packed_attention_backward.default, (dout, qkv, *packed_saved, *numbers))
 
 
 def test_what_is_not_served_is_refused_with_the_reason(device):

@@ -81,6 +81,7 @@ def test_dropout_serves_autograd_in_every_way(device, seed):
 def test_dropout_is_registered_soundly(device, seed):
     x = draw(0, 3, 5).float().to(device).requires_grad_()
     torch.library.opcheck(torch.ops.megagpt.dropout.default, (x, seed, 0.3))
+    torch.library.opcheck(torch.ops.megagpt.dropout_backward.default, (x.detach(), seed, 0.3))
 
 
 def test_a_cuda_graph_replays_dropout(device, seed):
