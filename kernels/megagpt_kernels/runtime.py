@@ -68,10 +68,12 @@ def why_not(*, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, MINIMUM_TRITON))}"
     if dtype not in DTYPES:
         return f"{dtype} is not one of float16, bfloat16 and float32"
-    if INTERPRETED:
+    if INTERPRETED and device.type in ("cpu", "cuda"):
         return None
     if device.type != "cuda":
         return f"the model is on {device.type} and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
+    if _capability is None and not torch.cuda.is_available():
+        return "torch sees no GPU"
     found = capability(device)
     if found < MINIMUM_CAPABILITY:
         return f"compute capability {found[0]}.{found[1]} is below {'.'.join(map(str, MINIMUM_CAPABILITY))}"

@@ -1,6 +1,7 @@
 """The operations that have more than one implementation, as a record of plain functions chosen once.
 
-A backend is a module with functions of these names and ``why_not(head_width, dtype, device) -> str | None``.
+A backend is a module with functions of these names and ``why_not(head_width, dtype, device, asked_for) -> str | None``;
+``asked_for`` is whether the user named this backend.
 """
 
 import importlib
@@ -46,9 +47,9 @@ def load_ops(name: str, *, head_width: int, dtype: torch.dtype, device: torch.de
     refusals = []
     for backend in _BACKENDS if name == "auto" else (name,):
         module = importlib.import_module(_BACKENDS[backend])
-        why_not = module.why_not(**model)
+        why_not = module.why_not(**model, asked_for=backend == name)
         if why_not is None:
-            reason = "asked for" if name == backend else "; ".join(refusals)
+            reason = "asked for" if name == backend else "; ".join(refusals) or "the fastest"
             return _record(module, backend, reason)
         refusals.append(f"{backend} cannot serve this model: {why_not}")
     raise ConfigError(f"--kernels {name}: {'; '.join(refusals)}. Use --kernels torch or auto")

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device, asked_for: bool = True) -> str | None:
     """The reason why these forms cannot serve such a model, or None."""
     return None if device.type == "cpu" else f"its forms are for a CPU, and the model is on {device.type}"
 

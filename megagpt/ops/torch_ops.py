@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device, asked_for: bool = True) -> str | None:
     """None: torch serves every head width, dtype and device."""
     return None
 

@@ -39,18 +39,21 @@ def write_run(
         "command": sys.argv,
         "git_commit": git_commit(),
     }
-    starts = [*_earlier_starts(run_dir / RUN), start] if start_step else [start]
+    earlier = read_run(run_dir).get("starts")
+    starts = [*earlier, start] if start_step and isinstance(earlier, list) else [start]
     body = {**description, "versions": versions(), "device": device_names(), "starts": starts}
     _write(run_dir / RUN, json.dumps(body, indent=1, default=str) + "\n")
     if tokenizer is not None and tokenizer.exists():
         _write(run_dir / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
 
 
-def _earlier_starts(path: Path) -> list[dict]:
+def read_run(run_dir: Path) -> dict:
+    """What is in run.json, or nothing where there is none that can be read: no run fails for want of it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # run.json informs people; nothing depends on it
+        found = json.loads((run_dir / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def versions() -> dict[str, str]:

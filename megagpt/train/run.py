@@ -16,8 +16,8 @@ from megagpt.config import deepspeed as ds
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
-from megagpt.ops import Ops, load_ops
-from megagpt.train import checkpoint, hardware, manifest, optim, report, resume
+from megagpt.ops import Ops
+from megagpt.train import checkpoint, hardware, kernels, manifest, optim, report, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
@@ -47,12 +47,7 @@ def _check_machine(plan: Plan, device: torch.device) -> None:
     ds.check_hardware(plan.config, device.type, capability)
     deepspeed_engine.check_async_io(plan.config)
     optim.check_available(plan.optimiser["optimizer"])
-    _load_ops(plan, device)
-
-
-def _load_ops(plan: Plan, device: torch.device) -> Ops:
-    dtype = deepspeed_engine.DTYPES[plan.config.precision]
-    return load_ops(plan.settings.kernels, head_width=plan.model.head_width, dtype=dtype, device=device)
+    kernels.load(plan, device)
 
 
 def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
@@ -73,7 +68,7 @@ def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop
     settings, config = plan.settings, plan.config
     source, notes = resume.checkpoint_to_resume(plan)
     _seed(settings.seed)
-    ops = _load_ops(plan, device)
+    ops, choice = kernels.settle(plan, device, resumed=source is not None)
     with device, deepspeed_engine.sharded_construction(config):
         model = GPT(plan.model, ops)
     if source is None and plan.init_weights is not None:
@@ -87,11 +82,13 @@ def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop
         state = resume.load(engine, source, plan)
 
     batch = BatchPlan(config.micro_batch, config.accumulation, world.world_size, world.rank)
-    with dist.everywhere(lambda: _open_log(plan, engine, state.step, world)) as log:
+    description = {**plan.describe(), "kernels": kernels.describe(ops, choice)}
+    with dist.everywhere(lambda: _open_log(plan, description, engine, state.step, world)) as log:
         for line in [
             *notes,
             f"model {plan.model_name}: {plan.model.n_params():,} parameters",
             f"kernels {ops.name}: {ops.reason}",
+            *([str(choice)] if choice.milliseconds else []),
             f"optimizer: {optimizer_line}",
             f"ZeRO stage {config.zero_stage}, {config.precision}, {world.world_size} "
             f"rank{'s' * (world.world_size > 1)}, batch "
@@ -115,12 +112,12 @@ def _where_curves_are(tensorboard: dict) -> list[str]:
     return [f"curves: tensorboard --logdir {Path(tensorboard['output_path'], tensorboard['job_name'])}"]
 
 
-def _open_log(plan: Plan, engine, start_step: int, world: dist.World) -> RunLog:
+def _open_log(plan: Plan, description: dict, engine, start_step: int, world: dist.World) -> RunLog:
     """The log, on rank 0 with run.json and the tokenizer beside it: the run folder alone is enough to go on from."""
     if dist.is_main():
         tokenizer = Path(f"{plan.corpora.parts[0].prefix}.tokenizer.json")
         report.write_run(
-            plan.run_dir, plan.describe(), start_step=start_step, world_size=world.world_size, tokenizer=tokenizer
+            plan.run_dir, description, start_step=start_step, world_size=world.world_size, tokenizer=tokenizer
         )
     return RunLog(
         plan.run_dir,
