@@ -267,6 +267,11 @@ def test_the_list_of_tasks_tells_sizes_where_files_are(tmp_path, capsys):
     assert lines["rte"] == ["entail", "accuracy", "2", "1", "56.0"]
     assert lines["qnli"] == ["entail", "accuracy", "-", "-", "88.1"]
     assert set(TASKS) <= set(lines)
+    (tmp_path / "RTE/dev.tsv").unlink()
+    assert main(["tasks", "--task", "rte", "--task_data", str(tmp_path / "RTE")]) == 2
+    assert "to validate rte on" in capsys.readouterr().err
+    assert main(["tasks", "--task_data", str(tmp_path)]) == 0
+    assert "rte cannot be read: " in capsys.readouterr().out
     assert main(["tasks", "--task", "ret"]) == 2
     assert "did you mean 'rte'" in capsys.readouterr().err
 

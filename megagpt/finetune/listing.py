@@ -41,22 +41,26 @@ def _print(tasks: list[Task], folder: str | None) -> None:
             table.add_column(name, justify="right")
     table.add_column("GPT-1", justify="right")
     table.add_column("source", no_wrap=True)
+    problems: list[str] = []
     for task in tasks:
         paper = published(task.name, next(iter(task.valid), "dev"))
-        sizes = _sizes(task, folder) if folder else ()
+        sizes = _sizes(task, folder, problems) if folder else ()
         table.add_row(task.name, task.kind, task.metrics[0], *sizes, f"{paper:.1f}" if paper else "", task.source)
     # A line stays a line where nobody looks at it: files and pipes have no width.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for problem in problems:
+        print(problem)
 
 
-def _sizes(task: Task, folder: str) -> tuple[str, str]:
-    """Numbers of examples; dashes where the task is not in ``folder``, the reason where it cannot be read."""
+def _sizes(task: Task, folder: str, problems: list[str]) -> tuple[str, str]:
+    """Numbers of examples; dashes where the task is not in ``folder``; a note in ``problems`` if it cannot be read."""
     if find_folder(task, folder) is None:
         return "-", "-"
     try:
         data = load_task(task.name, folder)
-    except DataError:
-        return "unreadable", "-"
+    except DataError as error:
+        problems.append(f"{task.name} cannot be read: {error}")
+        return "?", "?"
     valid = " + ".join(f"{len(split):,}" for split in data.valid.values())
     return f"{len(data.train):,}", valid
 
