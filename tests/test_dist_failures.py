@@ -119,6 +119,34 @@ def test_a_rank_that_fails_alone_speaks_for_itself():
     assert told.endswith(": error: told\n")
 
 
+def failing_apart(failing):
+    """Rank ``failing`` fails between collectives while the others wait for it in one; the exit code."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+
+    def fn():
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == failing:
+            raise DataError("told")
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    return run_main(fn)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_whose_peer_has_ended_says_so_in_a_line(failing):
+    """It showed a traceback of sixty lines beside the one sentence that mattered."""
+    results = run_ranks(failing_apart, 2, failing)
+    (code, told), (lost, line) = results[failing], results[1 - failing]
+    assert code == 2
+    assert told.endswith("error: told\n")
+    assert lost == 4
+    assert line.startswith(f"rank {1 - failing} on ")
+    assert line.endswith(" stops: another rank has ended; its own output says why\n")
+    assert line.count("\n") == 1
+
+
 # everywhere -----------------------------------------------------------------------------------------------------
 
 

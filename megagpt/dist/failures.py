@@ -18,13 +18,16 @@ Result = TypeVar("Result")
 
 _GRACE = 3.0  # seconds within which the ranks of a host fail of a common cause
 _INTERRUPTED = 130  # as a shell reports Ctrl-C
+_LOST = 4
+_LOST_WORDS = ("closed by peer", "reset by peer", "Broken pipe")  # of gloo, behind the place in its own source
 
 
 def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) -> int:
     """Run ``fn`` as this process's program and return its exit code: ``fn``'s own, or that of the error it raised.
 
-    A MegaGPTError is shown as one line, once: by rank 0, or with its name by a rank that fails alone. Anything else is
-    a bug and shows its traceback, with the rank's name.
+    A MegaGPTError is shown as one line, once: by rank 0, or with its name by a rank that fails alone. A rank whose peer
+    has ended says so in a line: the reason is with the peer. Anything else is a bug and shows its traceback, with the
+    rank's name.
     """
     with _presence(env) as leader_is_gone:
         try:
@@ -36,8 +39,11 @@ def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) 
             return _INTERRUPTED
         except SystemExit as stop:  # --help has answered
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except Exception:
+        except Exception as error:
             sys.stdout.flush()
+            if _lost_a_peer(error):
+                print(f"{_name(env)} stops: another rank has ended; its own output says why", file=sys.stderr, flush=True)
+                return _LOST
             print(f"{_name(env)} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             return 1
 
@@ -68,6 +74,12 @@ def everywhere(fn: Callable[[], Result]) -> Result:
     error = getattr(errors, first["kind"] or "", MegaGPTError)(prefix + first["text"])
     error.on_every_rank = True
     raise error from failure
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective over gloo failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text and any(words in text for words in _LOST_WORDS)
 
 
 def _show(error: MegaGPTError, env: Mapping[str, str], leader_is_gone: Callable[[], bool]) -> None:
