@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megagpt.data.bpe import parse_training, train
 from megagpt.errors import CheckpointError, ConfigError
-from megagpt.evaluate.main import generate_main
+from megagpt.evaluate.main import continuation, generate_main
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT
 from megagpt.ops import load_ops
@@ -47,6 +48,15 @@ def test_the_text_begins_with_the_prompt_and_goes_on(run, capsys):
     text = generated(capsys, "--from", run, "--prompt", "It was", "--max_tokens", "30")
     assert text.startswith("It was")
     assert len(text) > len("It was\n")
+
+
+def test_words_of_a_word_end_vocabulary_stay_apart():
+    """Text and prompt were decoded apart, and the space between their words was lost."""
+    text = "it was a dark night"
+    tokenizer = train([f"{text}. "] * 50, parse_training("train:300:wordend"))
+    ids, new = tokenizer.encode("It was"), tokenizer.encode("a dark night")
+    assert "It was" + continuation(tokenizer, ids, new) == "It was a dark night"
+    assert continuation(tokenizer, [tokenizer.eot_id], new) == "a dark night"
 
 
 def test_a_seed_fixes_the_text_and_samples_differ(run, capsys):

@@ -68,6 +68,13 @@ def test_the_likeliest_alone_is_the_greedy_choice_and_more_than_all_is_all(model
     assert generate(model, [2], top_k=99, **options) == generate(model, [2], **options)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(model, temperature):
+    """Logits divided by them were infinite, and a distribution of them is not a number."""
+    options = {"max_new_tokens": 8, "seed": 4}
+    assert generate(model, [2], temperature=temperature, **options) == generate(model, [2], temperature=0, **options)
+
+
 def test_a_seed_fixes_the_text_and_the_default_generator_is_not_touched(model):
     state = torch.get_rng_state()
     texts = [generate(model, [2], max_new_tokens=20, seed=seed) for seed in (1, 1, 2)]

@@ -58,7 +58,12 @@ def _generate(settings: GenerateSettings) -> None:
             seed=settings.seed + i,
             stop_id=tokenizer.eot_id,
         )
-        print(settings.prompt + tokenizer.decode(new), flush=True)
+        print(settings.prompt + continuation(tokenizer, ids, new), flush=True)
+
+
+def continuation(tokenizer, ids: list[int], new: list[int]) -> str:
+    """The text of ``new`` behind ``ids``: where tokens mark the ends of words, the space is between the two."""
+    return tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :]
 
 
 def load_model(path: Path, device: str):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-30  # a lower temperature would be rounded to zero in float32
+
 
 @torch.no_grad()
 def generate(
@@ -36,7 +38,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Gener
     """One token from logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
+    logits = (logits - logits.max()) / max(temperature, _COLDEST)  # the largest stays finite
     if top_k:
         least = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
