@@ -101,6 +101,8 @@ class TrainSettings:
         for name in ("ds_config", "run_dir", "resume"):
             if not getattr(self, name).strip():
                 yield f"--{name} is empty"
+        if self.resume.endswith(".safetensors"):
+            yield f"--resume {self.resume} has weights and no state to go on from; --init_from starts a new run from it"
         for check in (self.blend, self.valid_sets):
             try:
                 check()

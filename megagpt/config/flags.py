@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, fields
-from typing import TypeVar
+from typing import TypeVar, get_origin
 
 from megagpt.errors import ConfigError, nearest
 
@@ -39,6 +39,7 @@ def parse_flags(
     if not wants_help:
         _refuse_unknown(args, [field.name for field in fields(cls)], prog)
         _refuse_missing(cls, args, prog)
+        _refuse_repeated(cls, args)
     # Every rank parses the same flags; one of them answers --help.
     silent = wants_help and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     messages = io.StringIO()
@@ -101,6 +102,14 @@ def _refuse_missing(cls: type, args: Sequence[str], prog: str) -> None:
     absent = [flag for flag in needed if flag not in args]
     if absent:
         raise ConfigError(f"{prog} needs {' and '.join(absent)}; {prog} --help lists the flags")
+
+
+def _refuse_repeated(cls: type, args: Sequence[str]) -> None:
+    """Of a flag given twice the later value counts; of a list that would silently drop what the earlier one named."""
+    for field in fields(cls):
+        flag = f"--{field.name}"
+        if get_origin(field.type) is tuple and args.count(flag) > 1:
+            raise ConfigError(f"{flag} is given {args.count(flag)} times; give it once, with all values behind it")
 
 
 def _sentence(box: str) -> str:
