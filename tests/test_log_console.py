@@ -85,6 +85,14 @@ def test_skipped_iterations_are_counted_since_the_line_before(capsys):
     assert counts == ["1", "0", "2"]
 
 
+def test_a_resumed_run_does_not_count_again_what_it_had_skipped_before(tmp_path, capsys):
+    for start, step, skipped in ((0, 4, 3), (4, 5, 4)):
+        with RunLog(tmp_path, total_steps=9, is_main=True, start_step=start) as log:
+            log.train(training_record(step, skipped_steps=skipped))
+    counts = re.findall(r"number of skipped iterations: +(\d+)", capsys.readouterr().out)
+    assert counts == ["3", "1"]
+
+
 def test_a_loss_that_is_no_number_is_shown_as_such(capsys):
     Lines(9, Pace(9)).train(training_record(1, loss=float("nan")))
     assert "lm loss: NAN" in capsys.readouterr().out

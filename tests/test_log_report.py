@@ -94,6 +94,13 @@ def test_the_summary_for_people_shows_the_loss_curve(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_large_numbers_for_people_are_short(tmp_path):
+    """The perplexity of a word before training had 22 digits."""
+    text = report.to_markdown("run", {"word_ppl": 4.0468168e21, "tokens_per_s": 2953.4, "loss": 5.5, "x": 1e11}, None)
+    cells = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| ")][1:5]
+    assert cells == ["4.047e+21", "2,953", "5.5", "100,000,000,000"]
+
+
 def test_a_run_too_short_for_a_curve_says_so(tmp_path):
     summary = finished_run(tmp_path, steps=1)
     assert summary["loss_curve"] == "not drawn: fewer than two logged steps"

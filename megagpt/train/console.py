@@ -32,12 +32,15 @@ class Pace:
 
 
 class Lines:
-    """Plain lines on standard output, with the labels of Megatron-LM's log so that its readers work."""
+    """Plain lines on standard output, with the labels of Megatron-LM's log so that its readers work.
 
-    def __init__(self, total_steps: int, pace: Pace) -> None:
+    ``skipped`` is how many updates the run had skipped at its last line before this start.
+    """
+
+    def __init__(self, total_steps: int, pace: Pace, skipped: int = 0) -> None:
         self.total_steps = total_steps
         self.pace = pace
-        self._skipped = 0
+        self._skipped = skipped
 
     def train(self, record: dict) -> None:
         skipped = record.get("skipped_steps", 0)
@@ -117,10 +120,10 @@ class Bar:
         self._progress.stop()
 
 
-def open_console(total_steps: int, start_step: int) -> Lines | Bar:
-    """The console that suits where standard output goes."""
+def open_console(total_steps: int, start_step: int, skipped: int) -> Lines | Bar:
+    """The console that suits where standard output goes; ``skipped`` as in :class:`Lines`."""
     pace = Pace(total_steps)
-    return Bar(total_steps, start_step, pace) if is_terminal() else Lines(total_steps, pace)
+    return Bar(total_steps, start_step, pace) if is_terminal() else Lines(total_steps, pace, skipped)
 
 
 def _formatted(record: dict, formats: dict[str, str]) -> list[str]:

@@ -49,7 +49,7 @@ class RunLog:
         if is_main:
             last_step = start_step or -1  # a run that starts anew repeats its evaluation of step 0 too
             self._metrics = MetricsFile(self.run_dir, last_step)
-            self._console = open_console(total_steps, start_step)
+            self._console = open_console(total_steps, start_step, self._metrics.skipped_steps)
             self._cut_tensorboard(last_step)
 
     def __enter__(self) -> "RunLog":

@@ -26,25 +26,30 @@ def read(path: Path) -> list[dict]:
     return records
 
 
-def truncate(path: Path, last_step: int) -> None:
-    """Keep the records up to ``last_step``, for what came later happens again."""
+def truncate(path: Path, last_step: int) -> list[dict]:
+    """Keep the records up to ``last_step``, for what came later happens again; what is kept."""
     if not path.exists():
-        return
+        return []
     kept = [record for record in read(path) if record["step"] <= last_step]
     write_atomically(path, "".join(_line(record) for record in kept))
+    return kept
 
 
 class MetricsFile:
-    """The open metrics.jsonl of a run. Raises StorageError when the run folder cannot be written."""
+    """The open metrics.jsonl of a run; ``skipped_steps`` is what its last kept record says of them.
+
+    Raises StorageError when the run folder cannot be written.
+    """
 
     def __init__(self, run_dir: Path, last_step: int) -> None:
         self.path = run_dir / NAME
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            truncate(self.path, last_step)
+            kept = truncate(self.path, last_step)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; choose another --run_dir") from None
+        self.skipped_steps: int = max((record.get("skipped_steps", 0) for record in kept), default=0)
 
     def write(self, record: dict) -> None:
         """Append one record and hand it to the system, so that ``tail -f`` and a crash see it. Raises OSError."""
