@@ -6,6 +6,7 @@ import random
 import pytest
 from distributed import run_ranks
 
+from megagpt.errors import CheckpointError
 from megagpt.train import manifest
 
 
@@ -137,6 +138,13 @@ def test_ranks_agree_where_one_does_not_see_the_newest_checkpoint_yet(tmp_path):
             make(root, step)
     answers = [answer for answer, _ in run_ranks(_newest_on_this_rank, 2, tmp_path)]
     assert answers == [("global_step2", ["skipped checkpoint global_step3: it has no manifest.json"])] * 2
+
+
+@pytest.mark.parametrize("state", ["[]", '{"model": {}, "data": []}', "3", "{", '{"data": {}}'])
+def test_a_state_of_another_form_is_no_source_of_weights(tmp_path, state):
+    (make(tmp_path, 3) / manifest.STATE).write_text(state)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        manifest.read_source(tmp_path)
 
 
 def test_latest_is_replaced_whole(tmp_path):

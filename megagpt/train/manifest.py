@@ -77,7 +77,7 @@ def read_source(path: Path) -> Source:
             about = file.metadata() or {}
             return Source(json.loads(about.get("config", "{}")), about.get("tokenizer_sha256"))
     for folder in [path] if step_of(path) is not None else folders(root_of(path)):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return Source(state["model"], state["data"].get("tokenizer_sha256"))
     raise nothing_there(path)
