@@ -10,9 +10,7 @@ Without a GPU the torch providers are timed on the CPU, at small shapes.
 import argparse
 import json
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,35 +18,17 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "benchmarks"), str(HERE.parent)]  # so that nothing needs to be installed
 
-import gpu_attention  # noqa: E402
-import gpu_loss  # noqa: E402
-import gpu_model  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_plots  # noqa: E402
-import gpu_rows  # noqa: E402
-from gpu_clock import Clock, free  # noqa: E402
-from gpu_measure import measure, measure_ceilings  # noqa: E402
-from gpu_report import Report, describe, rows_table, slower, smi  # noqa: E402
-
-# What is measured, and its share of the time when there is a limit.
-PARTS = {
-    "attention": (gpu_attention.problems, 0.3),
-    "bias_gelu": (gpu_rows.gelu_problems, 0.06),
-    "add_layer_norm": (gpu_rows.norm_problems, 0.1),
-    "linear_cross_entropy": (gpu_loss.problems, 0.08),
-    "model": (None, 0.46),
-}
-ROUNDS = 3
+from gpu_parts import PARTS, deadlines, measure_apart, measure_here  # noqa: E402
+from gpu_report import Report, describe, slower  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    if device.type != "cuda":
-        print("no GPU here: the torch providers are timed on the CPU, at small shapes")
-    clock = Clock(device, **({"warmup_ms": 0, "rep_ms": 1} if args.quick else {}))
-    report = Report(describe(device), measure_ceilings(clock))
+    report = Report.read(args.onto) if args.onto else Report(describe(device))
     if args.baseline and args.baseline["on"]["device"] != report.on["device"]:
         print(
             f"error: the baseline is of {args.baseline['on']['device']}, and this is {report.on['device']}: times of "
@@ -56,17 +36,16 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    report.clocks["before"] = smi("clocks.sm", "temperature.gpu")
-    print(", ".join(f"{key} {value}" for key, value in report.on.items()), flush=True)
-    for part, deadline in _deadlines(args.parts, args.minutes):
-        if part == "model":
-            gpu_model.measure_models(clock, report, args.providers, deadline, quick=args.quick)
-        else:
-            makers = PARTS[part][0](device, args.providers, quick=args.quick)
-            run(part, makers, clock, report, deadline, 1 if args.quick else ROUNDS)
-        _write(report, args)  # at once: a run that is stopped half-way has measured half
-    report.clocks["after"] = smi("clocks.sm", "temperature.gpu")
-    for path in _write(report, args, plots=True):
+    if not args.onto:
+        if device.type != "cuda":
+            print("no GPU here: the torch providers are timed on the CPU, at small shapes")
+        print(", ".join(f"{key} {value}" for key, value in report.on.items()), flush=True)
+    report = _measure(args, report, device)
+    if args.onto:
+        return 0  # what failed stands in the report
+    if not report.rows and not report.steps and not report.skipped:
+        report.failed.append("nothing was measured; --providers may name none of those that are there")
+    for path in _write(report, args):
         print(f"wrote {path}")
     complaints = [*report.failed, *(slower(report, args.baseline) if args.baseline else [])]
     for line in complaints:
@@ -74,34 +53,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if complaints else 0
 
 
-def run(part: str, makers: Iterable[Callable], clock: Clock, report: Report, deadline: float, rounds: int) -> None:
-    """Measure the problems of one part until there are no more, or no time."""
-    for i, make in enumerate(makers):
-        if time.monotonic() > deadline:
-            report.skipped.append(f"{part}: everything from its problem {i + 1} on")
-            return
-        try:
-            rows = measure(make(), clock, report.ceilings, rounds)
-        except Exception as error:  # the rest is still worth measuring
-            traceback.print_exc()
-            report.failed.append(f"{part}, its problem {i + 1}: {gpu_peers.first_line(error)}")
-            continue
-        report.rows += rows
-        print(f"\n{rows_table(row for row in rows if row['status'] == 'timed')}")
-        print("\n".join(f"{row['provider']}: {row['reason']}" for row in rows if row["status"] != "timed"), flush=True)
-        free(clock)
+def _measure(args: argparse.Namespace, report: Report, device: torch.device) -> Report:
+    """The report with all parts in it, in a file all the time: a run that is stopped half-way has measured half."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.onto or (args.out / "bench.json" if args.out else args.json) or Path(folder, "bench.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json(path)
+        for part, deadline in deadlines(args.parts, args.minutes):
+            if len(args.parts) == 1:
+                save = lambda: report.write_json(path)  # noqa: E731
+                measure_here(part, report, device, args.providers, deadline, save, quick=args.quick)
+            else:
+                flags = ["--providers", *args.providers, *["--quick"] * args.quick]
+                measure_apart(part, path, deadline, flags)
+        return Report.read(path)
 
 
-def _deadlines(parts: list[str], minutes: float | None) -> Iterable[tuple[str, float]]:
-    """Each part, and the moment at which it starts nothing more; what one leaves over goes to the next."""
-    deadline = time.monotonic()
-    shares = sum(PARTS[part][1] for part in parts)
-    for part in parts:
-        deadline += PARTS[part][1] / shares * 60 * minutes if minutes else float("inf")
-        yield part, deadline
-
-
-def _write(report: Report, args: argparse.Namespace, *, plots: bool = False) -> list[Path]:
+def _write(report: Report, args: argparse.Namespace) -> list[Path]:
     """Whatever files were asked for."""
     written = []
     stems = [args.plot.with_suffix("")] if args.plot else []
@@ -109,15 +77,16 @@ def _write(report: Report, args: argparse.Namespace, *, plots: bool = False) -> 
         report.write_json(args.json)
         written.append(args.json)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         report.write_json(args.out / "bench.json")
         report.write_csv(args.out / "bench.csv")
         (args.out / "summary.md").write_text(report.summary(), encoding="utf-8")
         written += [args.out / name for name in ("bench.json", "bench.csv", "summary.md")]
         stems.append(args.out / "bench")
-    if plots:
-        for stem in stems:
-            written += gpu_plots.draw(report, stem)
+    for stem in stems:
+        drawn = gpu_plots.draw(report, stem)
+        written += drawn
+        if not drawn:
+            print("no pictures: nothing was timed, or matplotlib is absent (pip install matplotlib)")
     return written
 
 
@@ -131,12 +100,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="pictures go to this name with -<operation>.png added")
     parser.add_argument("--out", type=Path, help="folder for bench.json, bench.csv, summary.md and the pictures")
     parser.add_argument("--quick", action="store_true", help="one round at the smallest shape: that everything runs")
-    parser.add_argument("--minutes", type=float, help="begin nothing new after this time; what is left out is listed")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin nothing new after this time; list what is left out"
+    )
     parser.add_argument("--baseline", type=_earlier, help="an earlier bench.json: fail where it was 7 % faster or more")
+    parser.add_argument(
+        "--onto", type=Path, help="an unfinished bench.json of this machine, to which one part is added"
+    )
     args = parser.parse_args(argv)
     args.providers = tuple(args.providers)
     asked = [args.parts] if isinstance(args.parts, str) else args.parts
     args.parts = list(PARTS) if "all" in asked else [part for part in PARTS if part in asked]
+    if args.onto and len(args.parts) > 1:
+        parser.error("--onto takes one part at a time")
     return args
 
 

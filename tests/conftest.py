@@ -11,6 +11,18 @@ settings.register_profile("megagpt", deadline=None, derandomize=True)
 settings.load_profile("megagpt")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="run every N-th test alone, from the I-th on, counted from 0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of this shard: several processes share the work, with nothing installed."""
+    if config.option.shard:
+        i, n = map(int, config.option.shard.split("/"))
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % n != i])
+        items[:] = items[i::n]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector):
     """Without a GPU, set ``TRITON_INTERPRET`` while a module that tests kernels is imported.

@@ -63,6 +63,7 @@ def _problem(shape, dtype, dropout, device, wanted, few) -> Problem:
     seed = torch.tensor(1234, device=device)
     makers = {
         "megagpt": functools.partial(_ours, dtype, dropout, seed, device),
+        "megagpt, deterministic": functools.partial(_ours, dtype, dropout, seed, device, deterministic=True),
         "torch": functools.partial(_plain, shape, dtype, dropout),
         "torch.compile": functools.partial(_compiled, shape, dtype, dropout, device, few),
         **{name: gpu_peers.always(functools.partial(_sdpa, dropout, name)) for name in _BACKENDS},
@@ -86,7 +87,7 @@ def _problem(shape, dtype, dropout, device, wanted, few) -> Problem:
         definition,
         providers,
         absent,
-        own_masks=frozenset(providers) - {"megagpt"} if dropout else frozenset(),
+        own_masks=frozenset(name for name in providers if dropout and not name.startswith("megagpt")),
         undropped=naive if dropout else None,
         flops={"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops},
         bytes={"forward": 4 * size + lse, "backward": 8 * size + lse, "both": 12 * size + 2 * lse},
@@ -108,9 +109,9 @@ def naive(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
     return (F.dropout(probs, dropout_p) if dropout_p else probs) @ v
 
 
-def _ours(dtype, dropout, seed, device) -> Callable:
-    attention = gpu_peers.kernels(dtype, device).attention
-    return functools.partial(attention, dropout_p=dropout, seed=seed) if dropout else attention
+def _ours(dtype, dropout, seed, device, *, deterministic=False) -> Callable:
+    options = {"dropout_p": dropout, "seed": seed if dropout else None, "deterministic": deterministic}
+    return functools.partial(gpu_peers.kernels(dtype, device).attention, **options)
 
 
 def _plain(shape, dtype, dropout) -> Callable:

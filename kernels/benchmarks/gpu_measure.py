@@ -24,6 +24,13 @@ class Ceilings:
         matmul = 1e3 * problem.flops.get(which, 0.0) / self.matmul_flops[name_of(problem.dtype)]
         return max((memory, "memory"), (matmul, "matmul"))
 
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in self.matmul_flops.items())
+        return (
+            f"Ceilings, measured in the same run: copy {self.copy_bytes_per_s / 1e9:.4g} GB/s read and written; "
+            f"products of square matrices {rates}."
+        )
+
 
 def name_of(dtype: torch.dtype) -> str:
     return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
@@ -102,8 +109,14 @@ def _sampler(clock: Clock, work):
 
 
 def against_peers(name: str, medians: dict[str, list[float]]) -> dict:
-    """The fastest of the others, and how many times as fast as it this one is, round by round."""
-    others = {other: statistics.median(values) for other, values in medians.items() if other != name}
+    """The fastest of the others, and how many times as fast as it this one is, round by round.
+
+    What stands behind a comma in a name is a variant of the same provider.
+    """
+    family = name.partition(",")[0]
+    others = {
+        other: statistics.median(values) for other, values in medians.items() if other.partition(",")[0] != family
+    }
     if not others:
         return {}
     best = min(others, key=others.get)

@@ -8,7 +8,7 @@ import functools
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import gpu_peers
 import gpu_profile
@@ -26,17 +26,22 @@ from megagpt.train.hardware import peak_flops
 
 ROUNDS, WARM_UP = 3, 5
 _CASE_S = 25  # that a case takes at least, about
+_MUST = 3  # the first cases: what compiles long in one of them leaves the others their time
 _BYTES_A_PARAMETER = 22  # weight and gradient in 16 bits, master, its gradient and two moments in 32
 
 
-def measure_models(clock: Clock, report: Report, wanted: tuple[str, ...], deadline: float, *, quick: bool) -> None:
-    """Add a record for each case and backend to ``report``."""
-    for i, case in enumerate(cases(clock.device, quick)):
+def measure_models(
+    clock: Clock, report: Report, wanted: tuple[str, ...], deadline: float, *, quick: bool
+) -> Iterator[None]:
+    """Add a record for each case and backend to ``report``; yields after each case."""
+    todo = cases(clock.device, quick)
+    for i, case in enumerate(todo):
         if time.monotonic() + (_CASE_S if clock.on_gpu else 0) > deadline:
             report.skipped.append(f"model: {case}")
             continue
+        compile_until = deadline - _CASE_S * max(0, min(_MUST, len(todo)) - i - 1)
         try:
-            bench = Bench(case, clock, deadline, *((1, 1) if quick else (ROUNDS, WARM_UP)))
+            bench = Bench(case, clock, compile_until, *((1, 1) if quick else (ROUNDS, WARM_UP)))
             records = bench.measure(wanted, contributions=i == 0 and not quick)
         except Exception as error:  # the rest is still worth measuring
             traceback.print_exc()
@@ -46,6 +51,7 @@ def measure_models(clock: Clock, report: Report, wanted: tuple[str, ...], deadli
         if records:
             print(f"\n{steps_table(records)}", flush=True)
         free(clock)
+        yield
 
 
 class Bench:
@@ -76,7 +82,7 @@ class Bench:
         products = self._products_ms()
         for name, each in samples.items():
             times = self._rates(sorted(value for block in each for value in block))
-            if self.clock.on_gpu:  # what is left of a step is time in which the GPU waits
+            if self.clock.on_gpu and notes[name]["kinds"]:  # what is left of a step is time in which the GPU waits
                 notes[name]["kinds"]["idle"] = max(0.0, times["ms"] - sum(notes[name]["kinds"].values()))
             records.append(
                 self._record(
@@ -98,9 +104,16 @@ class Bench:
         blocks = {name: functools.partial(self._block, step) for name, step in steps.items()}
         samples |= timing.interleave(blocks, self.rounds)
         for name, step in steps.items():
-            notes[name] |= {"kinds": gpu_profile.kinds(step, self.clock.device), "without": {}}
+            notes[name] |= {"kinds": self._kinds(step), "without": {}}
         steps.clear(), blocks.clear()  # and with them the models
         free(self.clock)
+
+    def _kinds(self, step: Step) -> dict[str, float]:
+        try:
+            return gpu_profile.kinds(step, self.clock.device)
+        except RuntimeError as error:  # a machine may refuse to be profiled; the times stand without it
+            print(f"where the time goes is not known: {gpu_peers.first_line(error)}", flush=True)
+            return {}
 
     def _step(self, model: nn.Module) -> Step:
         return Step(model, self.backends.ids, self.backends.targets, self.sdpa)

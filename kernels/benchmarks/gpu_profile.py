@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first that matches counts. Names are those of CUDA kernels on a GPU, of torch's operators on a CPU.
 _KINDS = {
-    "attention": r"attention|attn|flash|fmha|sdpa|dkdv|_dq_|_delta_",
-    "norm": r"norm",
+    "attention": r"attention|attn|flash|fmha|sdpa|_(dkdv|dq|delta|convert|bounds)_kernel",
+    "norm": r"norm|^(forward|backward)_kernel",
     "gelu": r"gelu",
-    "loss": r"cross_entropy|softmax|nll|loss",
+    "loss": r"cross_entropy|softmax|nll|loss|^_scale_kernel",
     "products": r"gemm|nvjet|cutlass|cublas|splitk|aten::(add|b|)mm",
     "optimiser": r"adam|multi_tensor|foreach",
     "dropout": r"dropout|keys|random|bernoulli",

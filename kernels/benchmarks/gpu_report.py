@@ -10,6 +10,7 @@ from pathlib import Path
 
 import timing
 import torch
+from gpu_goals import goals, goals_table
 from gpu_measure import FIELDS, Ceilings
 
 
@@ -54,15 +55,25 @@ class Report:
     """Everything that was measured."""
 
     on: dict
-    ceilings: Ceilings
+    ceilings: Ceilings | None = None  # before the first part has begun
     rows: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)  # whole training steps
     failed: list[str] = field(default_factory=list)  # what ended with an exception of this program's
     skipped: list[str] = field(default_factory=list)  # what there was no time for
     clocks: dict[str, str] = field(default_factory=dict)  # before and after
 
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """What :meth:`write_json` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        ceilings = fields.pop("ceilings")
+        return cls(ceilings=Ceilings(**ceilings) if ceilings else None, **fields)
+
     def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        """All of it or nothing: a process may be stopped at any time."""
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)
 
     def write_csv(self, path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -72,16 +83,15 @@ class Report:
 
     def summary(self) -> str:
         """Markdown."""
-        ceilings = self.ceilings
-        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in ceilings.matmul_flops.items())
         parts = [
             "# Kernels, measured",
             ", ".join(f"{key} {value}" for key, value in self.on.items()),
-            f"Ceilings, measured in the same run: copy {ceilings.copy_bytes_per_s / 1e9:.4g} GB/s read and written; "
-            f"products of square matrices {rates}. Clocks: {self.clocks}.",
+            f"{self.ceilings or 'Ceilings were not measured.'} Clocks: {self.clocks}.",
             "A speed-up is the time of the fastest other provider over one's own, the median over rounds in which they "
             "took turns.",
         ]
+        if found := goals(self.on["device"], self.rows, self.steps):
+            parts += ["## Goals", goals_table(found)]
         timed = [row for row in self.rows if row["status"] == "timed"]
         for op in dict.fromkeys(row["op"] for row in timed):
             parts += [f"## {op}", rows_table(row for row in timed if row["op"] == op)]

@@ -94,7 +94,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=["n_heads", "H", "group", "threshold"])
-def _forward_kernel(
+def _attention_forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
     row_keys_ptr, column_keys_ptr, bounds_ptr, n_heads, H, group, Tq, Tkv, scale, threshold, multiplier,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -166,7 +166,7 @@ def forward(
     threshold, multiplier = threshold_and_scale(setting.dropout_p)
     tile = setting.tile("forward", q, k)
     launch(
-        _forward_kernel, (triton.cdiv(Tq, tile.queries) * B * H,),
+        _attention_forward_kernel, (triton.cdiv(Tq, tile.queries) * B * H,),
         *with_strides(q, k, v, out.transpose(1, 2)), lse, keys[: B * H * Tq], keys[B * H * Tq :], bounds,
         B * H, H, heads_in_group(B * H, Tkv, K, q.itemsize), Tq, Tkv, setting.scale * LOG2_E, threshold, multiplier,
         **tile.options(), **setting.options(q, bounds),

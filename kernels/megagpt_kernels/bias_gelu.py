@@ -44,7 +44,7 @@ def _gelu_slope(u):
 
 
 @triton.jit
-def _forward_kernel(x_ptr, bias_ptr, y_ptr, n_rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_forward_kernel(x_ptr, bias_ptr, y_ptr, n_rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """x, y (N, D), bias (D,)."""
     STRIPS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     columns = tl.program_id(0) % STRIPS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -56,7 +56,7 @@ def _forward_kernel(x_ptr, bias_ptr, y_ptr, n_rows, D: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _backward_kernel(
+def _gelu_backward_kernel(
     dy_ptr, x_ptr, bias_ptr,  # (N, D), (N, D), (D,)
     dx_ptr,  # (N, D)
     partials_ptr,  # (programs of a strip, 1, D)
@@ -95,7 +95,7 @@ def _forward(x: Tensor, bias: Tensor) -> Tensor:
     n_rows = x.numel() // D
     rows, columns = _tile(D, 4096)
     grid = (ceil_div(D, columns) * ceil_div(n_rows, rows),)
-    launch(_forward_kernel, grid, x, bias, y, n_rows, D=D, ROWS=rows, COLUMNS=columns, num_warps=4)
+    launch(_gelu_forward_kernel, grid, x, bias, y, n_rows, D=D, ROWS=rows, COLUMNS=columns, num_warps=4)
     return y
 
 
@@ -111,7 +111,7 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     programs = max(1, min(ceil_div(n_rows, rows), 6 * multiprocessors(x.device) // strips))
     partials = new_partials(programs, 1, bias)
     launch(
-        _backward_kernel, (strips * programs,), dy, x, bias, dx, partials, n_rows,
+        _gelu_backward_kernel, (strips * programs,), dy, x, bias, dx, partials, n_rows,
         D=D, ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     sum_partials(partials, d_bias)
