@@ -31,7 +31,8 @@ def dev(**metrics):
 
 def test_a_line_has_the_median_and_the_range_over_seeds_beside_constant_and_paper(tmp_path):
     for seed, value in enumerate((0.5, 0.9, 0.6)):
-        write_run(tmp_path / f"rte-{seed}", "rte", dev(accuracy=value), seed=seed, constant=dev(accuracy=0.5271))
+        metrics = {**dev(loss=0.7, accuracy=value), "test": {}}  # as a run with a test file without labels leaves it
+        write_run(tmp_path / f"rte-{seed}", "rte", metrics, seed=seed, constant=dev(accuracy=0.5271))
     (line,) = report.lines_of(report.find_runs([tmp_path]))
     assert line.values == (50.0, 60.0, 90.0)
     assert (line.median, line.constant, line.published) == (60.0, 52.71, 56.0)
@@ -49,7 +50,9 @@ def test_a_line_has_the_median_and_the_range_over_seeds_beside_constant_and_pape
         ({"n_transfer": 12, "n_layer": 12}, "full"),
         ({"n_transfer": 0, "n_layer": 12}, "0 of 12 blocks"),
         ({"recipe": "ulmfit", "lm_coef": 0}, "ulmfit"),
-        ({"recipe": "ulmfit", "head": "pooled_mlp", "limit_train": 500}, "ulmfit, head pooled_mlp, 500 examples"),
+        ({"recipe": "ulmfit", "head": "pooled_mlp", "limit_train": 500}, "ulmfit, 500 examples"),
+        ({"recipe": "ulmfit", "head": "linear"}, "ulmfit, head linear"),
+        ({"head": "pooled_mlp"}, "head pooled_mlp"),
         ({"backbone": "lstm"}, "LSTM"),
     ],
 )
@@ -68,6 +71,11 @@ def test_variants_are_lines_of_their_own_and_ablations_stand_beside_the_paper_s(
         ("from scratch", "matthews", 18.9),
         ("from scratch", "accuracy", None),
     ]
+
+
+def test_a_result_of_ulmfit_stands_beside_its_article_s(tmp_path):
+    write_run(tmp_path / "a", "airline", dev(accuracy=0.8), recipe="ulmfit", head="pooled_mlp", lm_coef=0)
+    assert [line.published for line in report.lines_of(report.find_runs([tmp_path]))] == [82.93]
 
 
 def test_race_is_also_judged_over_both_levels_each_question_once(tmp_path):

@@ -12,6 +12,7 @@ from megagpt.errors import DataError
 from megagpt.finetune.papers import published
 from megagpt.finetune.score import METRICS
 
+_HEADS = {"ulmfit": "pooled_mlp", "feature": "scalar_mix"}  # that go with a recipe
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")  # those of the paper's average
 
 
@@ -76,11 +77,17 @@ def read_run(folder: Path) -> Run | None:
         variant=variant_of(summary),
         seed=summary.get("seed", 0),
         train_examples=summary.get("train_examples", 0),
-        metrics=summary["metrics"],
+        metrics=_scores(summary["metrics"]),
         constant=summary.get("constant", {}),
         examples=summary.get("examples", {}),
         summary=summary,
     )
+
+
+def _scores(metrics: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """The scores of the splits that have labels, without their loss."""
+    scores = {split: {name: v for name, v in found.items() if name != "loss"} for split, found in metrics.items()}
+    return {split: found for split, found in scores.items() if found}
 
 
 def variant_of(summary: dict) -> str:
@@ -92,7 +99,8 @@ def variant_of(summary: dict) -> str:
         words.append("LSTM")
     if not paper_recipe:
         words.append(str(summary["recipe"]))
-    if summary.get("head", "linear") != "linear":
+    usual = _HEADS.get(summary.get("recipe", "gpt1"), "linear")
+    if summary.get("head", usual) != usual:
         words.append(f"head {summary['head']}")
     if summary.get("from_scratch"):
         words.append("from scratch")
@@ -164,7 +172,7 @@ def shown(metric: str, value: float) -> float:
 
 def to_markdown(lines: Sequence[Line]) -> str:
     """The table for people."""
-    head = ("task", "split", "variant", "examples", "metric", "median", "range", "seeds", "constant", "paper (test)")
+    head = ("task", "split", "variant", "examples", "metric", "median", "range", "seeds", "constant", "published")
     rows = [head, ("---", "---", "---", "---:", "---", "---:", "---:", "---:", "---:", "---:")]
     for line in lines:
         spread = f"{line.values[0]:.2f}-{line.values[-1]:.2f}" if len(line.values) > 1 else ""

@@ -36,7 +36,7 @@ def plot_report(lines: Sequence[Line], path: Path) -> None:
         ("o", "tab:blue", "a seed"),
         ("|", "tab:blue", "median"),
         ("x", "0.5", "constant answer"),
-        ("D", "tab:orange", "GPT-1's paper (test)"),
+        ("D", "tab:orange", "published"),
     ):
         axes.plot([], [], marker, color=colour, label=label, fillstyle="none" if marker == "D" else "full")
     labels = [f"{line.task}/{line.split} {line.metric} ({line.variant})" for line in rows]
