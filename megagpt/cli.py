@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     "tasks": ("megagpt.finetune.listing", "tasks_main", "list the tasks that finetune.py knows by name"),
     "finetune": ("megagpt.finetune.commands", "finetune_main", "compare fine-tuning runs, pack a GLUE submission"),
     "study": ("megagpt.finetune.study", "study_main", "sweep fine-tuning: blocks taken over, examples, ablations"),
+    "predict": ("megagpt.finetune.predict", "predict_main", "answer for the rows of a file with a fine-tuned model"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
 }
 

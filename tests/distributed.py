@@ -112,3 +112,15 @@ def _train(argv):
     from megagpt.train.main import main
 
     return main(argv)
+
+
+def finetune(argv: list, ranks: int = 1, *, timeout: float = 180, env: dict | None = None) -> tuple[list[int], str]:
+    """``finetune.py`` with ``argv``, as :func:`train` runs ``train.py``."""
+    results = run_ranks(_finetune, ranks, [str(a) for a in argv], timeout=timeout, env=env)
+    return [code for code, _ in results], "".join(output for _, output in results)
+
+
+def _finetune(argv):
+    from megagpt.finetune.main import main
+
+    return main(argv)

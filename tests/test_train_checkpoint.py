@@ -229,7 +229,7 @@ def test_the_best_checkpoint_survives_and_the_oldest_go(tmp_path):
 
 
 def test_a_second_job_on_the_same_folder_is_refused(run_dir):
-    from megagpt.train.run import _take_lock
+    from megagpt.train.folder import _take_lock
 
     with _take_lock(run_dir):
         code, output = resume(run_dir)

@@ -40,7 +40,7 @@ def _generate(settings: GenerateSettings) -> None:
     from megagpt.data.tokenizer import from_file
     from megagpt.model.generate import generate
 
-    tokenizer = from_file(find_tokenizer(settings))
+    tokenizer = from_file(find_tokenizer(settings.run, settings.tokenizer))
     ids = tokenizer.encode(settings.prompt) or _first_token(tokenizer)
     model = load_model(Path(settings.run), "cuda" if torch.cuda.is_available() else "cpu")
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -88,11 +88,11 @@ def load_model(path: Path, device: str):
     return model.to(device).eval()
 
 
-def find_tokenizer(settings: GenerateSettings) -> Path:
-    """The tokenizer named by a flag, or the copy in the run folder that ``--from`` names or lies in."""
-    if settings.tokenizer:
-        return Path(settings.tokenizer)
-    path = Path(settings.run)
+def find_tokenizer(run: str, tokenizer: str | None = None) -> Path:
+    """The tokenizer named by a flag, or the copy in the run folder that ``run`` names or lies in."""
+    if tokenizer:
+        return Path(tokenizer)
+    path = Path(run)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
     if path.name.startswith("global_step"):

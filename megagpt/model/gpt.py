@@ -28,9 +28,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) int64 their mean cross-entropy in float32; -100 is ignored."""
-        seeds = self._seeds(ids.device)
-        hidden = self._hidden(ids, seeds)
-        words = self._table(self.wte, seeds[0])
+        hidden, words = self.hidden_and_words(ids)
         if targets is None:
             return self.ops.linear(hidden, words)
         return self.ops.linear_cross_entropy(hidden.flatten(0, 1), words, targets.flatten())
@@ -38,6 +36,23 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """What the output projection reads: (B, T, D) for ids (B, T) int64, T up to ``config.seq_len``."""
         return self._hidden(ids, self._seeds(ids.device))
+
+    def hidden_and_words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`hidden` and the output projection's weight (V, D), with the same dropout on the table in both."""
+        seeds = self._seeds(ids.device)
+        return self._hidden(ids, seeds), self._table(self.wte, seeds[0])
+
+    def layers(self, ids: Tensor) -> list[Tensor]:
+        """The embeddings and the output of every block, L + 1 times (B, T, D); the last one as :meth:`hidden`."""
+        seeds = self._seeds(ids.device)
+        x, residual = self._embed(ids, *seeds[:2]), None
+        found = [x]
+        for i, block in enumerate(self.blocks):
+            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i])
+            found.append(x if residual is None else x + residual)
+        if self.ln_f is not None:
+            found[-1] = self.ln_f(x, residual, seeds[-1])
+        return found
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """Logits (B, V) of what follows ids (B, T), in evaluation mode."""

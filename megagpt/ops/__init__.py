@@ -28,6 +28,7 @@ class Ops:
     dropout: Callable
     linear: Callable
     linear_cross_entropy: Callable
+    weighted_cross_entropy: Callable
     name: str = "torch"
     reason: str = ""  # why this backend was taken
 

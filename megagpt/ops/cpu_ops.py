@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from megagpt.ops import torch_ops
 from megagpt.ops.masks import PooledMasks
 from megagpt.ops.precision import product_dtype
-from megagpt.ops.torch_ops import bias_gelu, layer_norm, linear_cross_entropy
+from megagpt.ops.torch_ops import bias_gelu, layer_norm, linear_cross_entropy, weighted_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -25,6 +25,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "packed_attention",
+    "weighted_cross_entropy",
     "why_not",
 ]
 

@@ -28,7 +28,20 @@ def linear_cross_entropy(
     ignored = targets == ignore_index
     index = targets.masked_fill(ignored, 0)
     _check(index, weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, index, ~ignored, z_loss)
+    counted = ~ignored
+    return _LinearCrossEntropy.apply(hidden, weight, index, counted, counted.sum().clamp(min=1), z_loss)
+
+
+def weighted_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+    """Sum over rows of ``row_weights`` times -log softmax(hidden weight^T)[target].
+
+    hidden (N, D), weight (V, D), targets (N,) int64, row_weights (N,) of at least 0; a float32 scalar. Raises DataError
+    for a target outside of 0..V-1, as :func:`linear_cross_entropy` does.
+    """
+    _check(targets, weight.shape[0])
+    # Relative to the largest, for products in 16 bits; the scale comes back when all is summed.
+    scale = row_weights.amax().clamp(min=torch.finfo(row_weights.dtype).tiny)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weights / scale, 1.0 / scale, 0.0)
 
 
 def _check(index: Tensor, V: int) -> None:
@@ -43,10 +56,13 @@ def _check(index: Tensor, V: int) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are kept before the division by the number of targets: in float16 they would vanish after it."""
+    """The sum of ``counted`` times loss, divided by ``divisor``.
+
+    Gradients are kept before the division: in float16 they would vanish after it.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, index, counted, z_loss):
+    def forward(ctx, hidden, weight, index, counted, divisor, z_loss):
         exact, product = torch.promote_types(hidden.dtype, torch.float32), product_dtype(hidden)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden, dtype=product) if need_hidden else None
@@ -65,18 +81,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, words, out=d_hidden[chunk]).mul_(kept[chunk])
             if need_weight:
                 _add_product(d_weight, d_logits.mT, rows * kept[chunk])
-        n = counts.sum().clamp(min=1)
-        ctx.save_for_backward(d_hidden, d_weight, n)
+        divisor = divisor.to(exact)
+        ctx.save_for_backward(d_hidden, d_weight, divisor)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total / n
+        return total / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        *grads, n = ctx.saved_tensors
-        factor = d_loss / n
+        *grads, divisor = ctx.saved_tensors
+        factor = d_loss / divisor
         grads = (g if g is None else (g * factor).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _chunks(N: int, V: int, device_type: str) -> list[slice]:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from megagpt.ops.masks import HashedMasks, row_blocks
 from megagpt.ops.torch_attention import attention
-from megagpt.ops.torch_cross_entropy import linear_cross_entropy
+from megagpt.ops.torch_cross_entropy import linear_cross_entropy, weighted_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -23,6 +23,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "packed_attention",
+    "weighted_cross_entropy",
     "why_not",
 ]
 

@@ -203,3 +203,35 @@ def full_parameters(parameters: list[Tensor], config: ResolvedConfig, *, modify:
     gathered = import_deepspeed().zero.GatheredParameters
     with gathered(parameters, modifier_rank=0 if modify else None):
         yield
+
+
+def full_fp32(engine, parameter: Tensor, config: ResolvedConfig) -> Tensor | None:
+    """A trained parameter in float32 as the optimiser keeps it, whole, on rank 0's CPU; None on the others.
+
+    Every rank calls this, for ZeRO has a part of it on each.
+    """
+    if config.precision == "fp32":
+        with full_parameters([parameter], config):
+            return parameter.detach().float().cpu().clone() if torch.distributed.get_rank() == 0 else None
+    if config.zero_stage == 0:
+        value = _unsharded_master(engine.optimizer, parameter)
+    else:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = safe_get_full_fp32_param(parameter)
+    return value.detach().cpu().clone() if torch.distributed.get_rank() == 0 else None
+
+
+def _unsharded_master(optimizer, parameter: Tensor) -> Tensor:
+    """The float32 copy that DeepSpeed's unsharded 16-bit optimisers keep of ``parameter``.
+
+    They keep a list for each group or, under DeepSpeed's own Adam, one tensor with all of the group behind each other.
+    """
+    flat = getattr(optimizer, "fp32_groups_flat", None)
+    for i, group in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for j, ours in enumerate(group):
+            if ours is parameter:
+                return optimizer.fp32_groups[i][j] if flat is None else flat[i][offset:][: ours.numel()].view_as(ours)
+            offset += ours.numel()
+    raise AssertionError("a parameter that is trained is in no group of the optimiser")

@@ -21,13 +21,25 @@ _MAX_FAILED_SAVES = 3  # periodic saves that may fail in a row
 
 @dataclass(frozen=True)
 class Intervals:
-    """When things happen, in optimiser steps; 0 means never."""
+    """When things happen, in optimiser steps counted from ``first``; 0 means never."""
 
     total: int
     log: int
     evaluate: int
     save: int
     keep_last: int
+    first: int = 0  # where this loop's part of the run begins
+    save_evaluated: bool = False  # save after every evaluation as well
+
+
+def next_token_loss(engine, ids: Tensor) -> Tensor:
+    """The mean loss of predicting each of ids (B, T + 1) but the first."""
+    return engine(ids[:, :-1], ids[:, 1:])
+
+
+def mean_loss(results: dict[str, dict]) -> float:
+    """The mean over the validation sets of the loss on each."""
+    return sum(record["loss"] for record in results.values()) / len(results)
 
 
 def due(step: int, interval: int) -> bool:
@@ -37,8 +49,10 @@ def due(step: int, interval: int) -> bool:
 class Loop:
     """One training run from ``state.step`` to ``intervals.total``.
 
+    ``forward(engine, batch)`` is a micro-batch's loss and ``tokens_of(step)`` the number of tokens in a global batch.
     ``evaluate()`` returns {name: {"loss": ...}} over the validation sets (empty without any) and leaves the model in
-    training mode and every random generator as it was.
+    training mode and every random generator as it was. The checkpoint with the lowest ``badness(results)`` is the best
+    one; ``on_best()`` is called when there is a new one and ``before_save()`` before each save, both on every rank.
     """
 
     def __init__(
@@ -56,9 +70,13 @@ class Loop:
         checkpoint_bytes: int,
         evaluate: Callable[[], dict[str, dict]],
         log,
-        tokens_per_sample: int,
+        tokens_of: Callable[[int], int],
         flops_per_token: float,
         peak_flops: float | None,
+        forward: Callable = next_token_loss,
+        badness: Callable[[dict[str, dict]], float] = mean_loss,
+        on_best: Callable[[], None] = lambda: None,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -72,9 +90,13 @@ class Loop:
         self.checkpoint_bytes = checkpoint_bytes
         self.evaluate = evaluate
         self.log = log
-        self.tokens_per_step = plan.global_batch * tokens_per_sample
+        self.tokens_of = tokens_of
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
+        self.forward = forward
+        self.badness = badness
+        self.on_best = on_best
+        self.before_save = before_save
         self.last_valid: dict[str, dict] = {}
         # Resuming found these damaged, or it would have gone on from one of them.
         self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
@@ -100,14 +122,13 @@ class Loop:
         loss = 0.0
         before = self.engine.skipped_steps, deepspeed_engine.loss_scale(self.engine)
         for _ in range(self.plan.accumulation):
-            ids = self.batches.next()
-            micro_loss = self.engine(ids[:, :-1], ids[:, 1:])
+            micro_loss = self.forward(self.engine, self.batches.next())
             deepspeed_engine.backward(self.engine, micro_loss)
             self._engine_step()
             loss = loss + micro_loss.detach()
-        self.state.step += 1
         self.state.samples += self.plan.global_batch
-        self.state.tokens += self.tokens_per_step
+        self.state.tokens += self.tokens_of(self.state.step)
+        self.state.step += 1
         self._count_skipped(*before)
         return loss / self.plan.accumulation
 
@@ -144,19 +165,20 @@ class Loop:
     # what happens between steps ---------------------------------------------------------------------------------
 
     def _after_step(self, loss: Tensor) -> None:
-        step, last = self.state.step, self.state.step >= self.intervals.total
+        step, last = self.state.step - self.intervals.first, self.state.step >= self.intervals.total
         if due(step, self.intervals.log) or last:
             self._log(loss)
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
         # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
-        if (due(step, self.intervals.save) and not self._skipped_in_a_row) or last:
+        wanted = due(step, self.intervals.save) or (evaluated and self.intervals.save_evaluated)
+        if (wanted and not self._skipped_in_a_row) or last:
             self._save(final=last, evaluated=evaluated)
 
     def _log(self, loss: Tensor) -> None:
         mean = float(deepspeed_engine.mean_over_ranks(loss))  # waits for the device: the clock is read after it
         steps = self.state.step - self._marked_step
         seconds = max(time.perf_counter() - self._marked_time, 1e-9)
-        tokens_per_s = steps * self.tokens_per_step / seconds
+        tokens_per_s = (self.state.tokens - self._marked_tokens) / seconds
         record = {
             "step": self.state.step,
             "loss": mean,
@@ -189,11 +211,13 @@ class Loop:
         """From here on counts for the next log line: evaluation and saving are not part of a step's time."""
         self._marked_time = time.perf_counter()
         self._marked_step = self.state.step
+        self._marked_tokens = self.state.tokens
         self._marked_wait = self.batches.wait_s
 
     # saving -----------------------------------------------------------------------------------------------------
 
     def _save(self, *, final: bool, evaluated: bool) -> None:
+        self.before_save()
         if evaluated:
             self._note_best()
         begun = time.perf_counter()
@@ -214,10 +238,11 @@ class Loop:
         self._mark_time()
 
     def _note_best(self) -> None:
-        """The best checkpoint is the saved one with the lowest mean loss over the validation sets at its own step."""
-        loss = sum(record["loss"] for record in self.last_valid.values()) / len(self.last_valid)
+        """The best checkpoint is the saved one that did best on the validation sets at its own step."""
+        loss = self.badness(self.last_valid)
         if self.state.best_loss is None or loss < self.state.best_loss:
             self.state.best_loss, self.state.best_step = loss, self.state.step
+            self.on_best()
 
 
 def memory_gb() -> float:

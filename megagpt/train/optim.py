@@ -12,18 +12,30 @@ from torch import Tensor
 
 from megagpt.errors import ConfigError, nearest
 
+_DECAY, _NO_DECAY = "decay", "no_decay"
+
 
 def parameter_groups(
-    named: Iterable[tuple[str, Tensor]], decays: Callable[[str], bool], *, lr: float, weight_decay: float
+    named: Iterable[tuple[str, Tensor]],
+    decays: Callable[[str], bool],
+    *,
+    lr: float,
+    weight_decay: float,
+    prefix: str = "",
 ) -> list[dict]:
     """Two groups: parameters that decay (every matrix, embeddings included) and those that don't (biases, gains)."""
     groups = {
-        "decay": {"params": [], "weight_decay": weight_decay},
-        "no_decay": {"params": [], "weight_decay": 0.0},
+        _DECAY: {"params": [], "weight_decay": weight_decay},
+        _NO_DECAY: {"params": [], "weight_decay": 0.0},
     }
     for name, parameter in named:
-        groups["decay" if decays(name) else "no_decay"]["params"].append(parameter)
-    return [{**group, "name": name, "lr": lr} for name, group in groups.items() if group["params"]]
+        groups[_DECAY if decays(name) else _NO_DECAY]["params"].append(parameter)
+    return [{**group, "name": prefix + name, "lr": lr} for name, group in groups.items() if group["params"]]
+
+
+def decays_group(name: str) -> bool:
+    """Whether the group ``name`` of :func:`parameter_groups` is one that decays."""
+    return name.rpartition("/")[2] == _DECAY
 
 
 OPTIMIZERS = ("adamw", "openai_adam", "apex")

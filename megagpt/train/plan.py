@@ -50,6 +50,11 @@ class Plan:
     def root(self) -> Path:
         return self.run_dir / manifest.FOLDER
 
+    @property
+    def identity(self) -> dict:
+        """What of the data a checkpoint records."""
+        return self.corpora.identity
+
     def describe(self) -> dict:
         """The plan as plain data, for run.json."""
         return {

@@ -5,6 +5,7 @@ from pathlib import Path
 from megagpt import dist
 from megagpt.errors import ConfigError
 from megagpt.train import checkpoint, manifest
+from megagpt.train.optim import decays_group
 from megagpt.train.plan import Plan
 
 _ARRANGEMENT = {"activation_checkpointing"}  # of the computation: any value gives the same model
@@ -42,7 +43,7 @@ def load(engine, source: Path, plan: Plan) -> checkpoint.TrainState:
     state.model = plan.model.to_dict()
     for group in engine.optimizer.param_groups:
         group["betas"], group["eps"] = plan.optimiser["betas"], plan.optimiser["eps"]
-        if group["name"] == "decay":
+        if decays_group(group["name"]):
             group["weight_decay"] = plan.optimiser["weight_decay"]
     return state
 
@@ -77,7 +78,7 @@ def _check_same_run(plan: Plan, source: Path) -> None:
     saved = checkpoint.read_state(source)
     for what, found, wanted in (
         ("another model", saved.model, plan.model.to_dict()),
-        ("other data", saved.data, plan.corpora.identity),
+        ("other data", saved.data, plan.identity),
     ):
         keys = sorted({*found, *wanted} - _ARRANGEMENT)
         differing = [key for key in keys if found.get(key) != wanted.get(key)]

@@ -1,29 +1,26 @@
 """One training run, put together: plan, model, engine, checkpoint, log and loop."""
 
-import fcntl
-import os
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
-from megagpt.errors import CheckpointError, ConfigError, StorageError
+from megagpt.errors import CheckpointError
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, hardware, kernels, manifest, optim, report, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, manifest, optim, report, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
 from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
 from megagpt.train.plan import Plan
+from megagpt.train.seeds import seed_all
 
 
 def train(plan: Plan, world: dist.World) -> None:
@@ -33,7 +30,7 @@ def train(plan: Plan, world: dist.World) -> None:
     _check_machine(plan, device)
     dist.export(world)
     deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
-    with _lock(plan.run_dir):
+    with folder.locked(plan.run_dir):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
         _train(plan, world, device, begun)
@@ -67,17 +64,17 @@ def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop
     """
     settings, config = plan.settings, plan.config
     source, notes = resume.checkpoint_to_resume(plan)
-    _seed(settings.seed)
+    seed_all(settings.seed)
     ops, choice = kernels.settle(plan, device, resumed=source is not None)
     with device, deepspeed_engine.sharded_construction(config):
         model = GPT(plan.model, ops)
     if source is None and plan.init_weights is not None:
         _load_weights(model, plan, ops)
     # From here on the generators of the ranks differ: each drops its own units.
-    _seed(settings.seed + 1 + world.rank)
+    seed_all(settings.seed + 1 + world.rank)
     optimizer, optimizer_line = _build_optimizer(model, plan, device)
     engine = deepspeed_engine.build_engine(model, optimizer, config)
-    state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.corpora.identity)
+    state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.identity)
     if source is not None:
         state = resume.load(engine, source, plan)
 
@@ -128,13 +125,6 @@ def _open_log(plan: Plan, description: dict, engine, start_step: int, world: dis
     )
 
 
-def _seed(seed: int) -> None:
-    """Seed every generator that a checkpoint keeps."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
 def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log: RunLog) -> Loop:
     settings = plan.settings
     peak = None
@@ -159,7 +149,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         checkpoint_bytes=checkpoint.free_bytes_needed(plan.model.n_params(), plan.config),
         evaluate=_evaluator(engine, plan, batch, device),
         log=log,
-        tokens_per_sample=plan.model.seq_len,
+        tokens_of=lambda _: batch.global_batch * plan.model.seq_len,
         flops_per_token=plan.model.flops_per_token(),
         peak_flops=peak,
     )
@@ -230,34 +220,3 @@ def _read_weights(plan: Plan, ops: Ops) -> dict[str, torch.Tensor]:
                 f"shape {tuple(parameter.shape)} and there is {found}; use a file that MegaGPT wrote"
             )
     return weights
-
-
-@contextmanager
-def _lock(run_dir: Path):
-    """Hold the run folder for this job: two jobs writing checkpoints to one folder would ruin both."""
-    file = dist.everywhere(lambda: _take_lock(run_dir) if dist.is_main() else None)
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _take_lock(run_dir: Path):
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 held open while the run lasts
-    except OSError as error:
-        raise StorageError(f"cannot write to --run_dir {run_dir}: {error.strerror}; choose a writable folder") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise ConfigError(f"{run_dir} is in use by {owner}; wait for it, or choose another --run_dir") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    manifest.remove_leftovers(run_dir / manifest.FOLDER)
-    return file

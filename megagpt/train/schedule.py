@@ -65,8 +65,9 @@ class Schedule:
 
     name: str
     total: int  # updates
-    warmup_steps: int = 0  # updates; unused by stlr
+    warmup_steps: float = 0  # updates; unused by stlr
     floor: float = 0.0
+    first: int = 0  # the update of the run with which this schedule begins
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
@@ -84,8 +85,8 @@ class Schedule:
             raise ConfigError(f"--min_lr must lie between 0 and --lr, not at {self.floor:g} times --lr")
 
     def multiplier(self, t: int) -> float:
-        """The multiplier of update ``t``; past the end it stays where the schedule ended."""
-        t = min(t, self.total)
+        """The multiplier of update ``t`` of the run; past the end it stays where the schedule ended."""
+        t = min(t - self.first, self.total)
         if self.name == "stlr":
             return stlr(t, self.total)
         m = SCHEDULES[self.name](t, self.total, self.warmup_steps / self.total)

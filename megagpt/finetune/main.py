@@ -1,0 +1,45 @@
+"""Fine-tuning from the command line."""
+
+import os
+from dataclasses import replace
+
+from megagpt import dist
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``finetune.py``; the process's exit code."""
+    return dist.run_main(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    from megagpt.config import deepspeed
+    from megagpt.finetune.fields import parse
+
+    settings = parse(argv)
+    world = dist.resolve_world(os.environ)
+    raw = deepspeed.load(settings.ds_config)
+
+    from megagpt.finetune.plan import make_plan
+
+    runs = [
+        replace(settings, seed=seed, run_dir=os.path.join(settings.run_dir, f"seed{seed}"), seeds=None)
+        for seed in settings.seed_list
+    ]
+    runs = runs or [settings]
+    plan = make_plan(runs[0], raw, world)
+    if settings.preview:
+        from megagpt.finetune.preview import preview
+
+        if dist.is_main():
+            preview(plan)
+        return
+
+    from megagpt.finetune import driver
+    from megagpt.train.engine import stop_distributed
+
+    device = driver.start(plan, world)
+    driver.finetune(plan, world, device)
+    for run in runs[1:]:
+        driver.finetune(make_plan(run, raw, world), world, device)
+    # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
+    stop_distributed()

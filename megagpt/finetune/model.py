@@ -1,0 +1,81 @@
+"""A decoder with a head: what is fine-tuned."""
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.finetune import objective
+from megagpt.finetune.heads import build_head
+from megagpt.finetune.spec import TaskSpec
+from megagpt.model.config import GPTConfig
+from megagpt.model.gpt import GPT
+from megagpt.ops import Ops
+
+LM, TASK = "lm", "task"
+
+
+class Classifier(nn.Module):
+    """S sequences, T positions, U units, B examples, K outputs, as in :func:`megagpt.finetune.batches.collate`.
+
+    ``objective`` (task or lm) says what ``forward`` minimises; ``lm_coef`` is lambda of the auxiliary language model.
+    """
+
+    def __init__(self, config: GPTConfig, spec: TaskSpec, ops: Ops) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gpt = GPT(config, ops)
+        self.head = build_head(
+            spec.head,
+            d_model=config.d_model,
+            n_layer=config.n_layer,
+            n_outputs=spec.n_outputs,
+            dropout=spec.head_dropout,
+            ops=ops,
+        )
+        self.objective = TASK
+        self.lm_coef = 0.0
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """This micro-batch's part of the loss: the sum over examples and sequences of loss times weight."""
+        if self.objective == LM:
+            return self._language_model(*self.gpt.hidden_and_words(batch["ids"]), batch)
+        if not self.lm_coef:
+            return self._task(self._hidden(batch["ids"]), batch)
+        if self.spec.head == "scalar_mix":
+            raise AssertionError("scalar_mix is trained without the auxiliary language model")
+        hidden, words = self.gpt.hidden_and_words(batch["ids"])
+        return self._task(hidden, batch) + self.lm_coef * self._language_model(hidden, words, batch)
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, K) in the model's type; -inf for a choice that an example does not have."""
+        return self._logits(self._hidden(batch["ids"]), batch)
+
+    def _hidden(self, ids: Tensor) -> Tensor | list[Tensor]:
+        return self.gpt.layers(ids) if self.spec.head == "scalar_mix" else self.gpt.hidden(ids)
+
+    def _task(self, hidden: Tensor | list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        losses = objective.task_losses(self.spec.kind, self._logits(hidden, batch), batch["targets"], self.spec.parents)
+        return losses @ batch["example_weights"].to(losses.dtype)
+
+    def _language_model(self, hidden: Tensor, words: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return objective.language_model_loss(
+            self.gpt.ops, hidden, words, batch["ids"], batch["lengths"], batch["sequence_weights"]
+        )
+
+    def _logits(self, hidden: Tensor | list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        features, owner = self.head.features(hidden, batch), batch["owner"]
+        B = len(batch["example_weights"])
+        if self.spec.kind == "choose":
+            return _by_example(self.head(features, owner)[:, 0], owner, B)
+        if len(owner) > B:  # both orders of two texts are summed
+            features = torch.zeros(B, features.shape[1], dtype=features.dtype, device=features.device).index_add(
+                0, owner, features
+            )
+        return self.head(features, None)
+
+
+def _by_example(scores: Tensor, owner: Tensor, B: int) -> Tensor:
+    """(B, most choices) of scores (U,) that come in the order of their owners; -inf where there is none."""
+    counts = torch.bincount(owner, minlength=B)
+    place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+    table = torch.full((B, int(counts.max())), -torch.inf, dtype=scores.dtype, device=scores.device)
+    return table.index_put((owner, place), scores)

@@ -1,0 +1,72 @@
+"""``megagpt predict``: the answers of a fine-tuned model for the rows of a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.config.flags import parse_flags
+from megagpt.errors import ConfigError, DataError
+
+ALIASES = {"from": "run"}
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """Answer for every row of a file: megagpt predict --from runs/sst2 --input new.tsv --output out.tsv"""
+
+    run: str  # run folder of finetune.py, or its model.safetensors (also --from)
+    input: str  # CSV, TSV or JSON lines
+    output: str  # the file to write: id, label and probabilities, separated by tabs
+    text_column: str | None = None  # column of the text, or two; those of the training file by default
+    choice_column: str | None = None  # columns of the choices; those of the training file by default
+    id_column: str | None = None  # column of the rows' names; they are numbered without one
+    tokenizer: str | None = None  # a tokenizer.json; the run folder's by default
+    batch_size: int = 32  # rows at once
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch_size {self.batch_size} must be at least 1")
+        for name in ("run", "input", "output"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"--{name} is empty")
+
+
+def predict_main(argv: list[str] | None = None) -> int:
+    """Run ``megagpt predict``. Raises a MegaGPTError for whatever the user can mend."""
+    settings = parse_flags(PredictSettings, argv, prog="megagpt predict", aliases=ALIASES)
+    n = predict_file(settings)
+    print(f"{n:,} rows answered in {settings.output}")
+    return 0
+
+
+def predict_file(settings: PredictSettings) -> int:
+    """Write the answers; the number of rows. Nothing is written where a row cannot be answered."""
+    import torch
+
+    from megagpt.data.tokenizer import from_file
+    from megagpt.evaluate.main import find_tokenizer
+    from megagpt.finetune import evaluation, weights
+    from megagpt.finetune.batches import Encoded
+    from megagpt.finetune.inputs import names, transform_for
+    from megagpt.finetune.own_data import Columns, load_inputs
+    from megagpt.finetune.results import table, write
+
+    path = Path(settings.run)
+    file = path if path.suffix == ".safetensors" else path / weights.MODEL
+    tokenizer = from_file(find_tokenizer(str(file), settings.tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, sha256 = weights.load(file, device)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{file} was trained with another tokenizer; give that one: --tokenizer PATH")
+    spec = model.spec
+    columns = Columns(
+        spec.kind,
+        text=names(settings.text_column or "") or spec.text_columns,
+        choices=names(settings.choice_column or "") or spec.choice_columns,
+        id=settings.id_column,
+    )
+    examples = load_inputs(settings.input, columns).examples
+    transform = transform_for(spec, tokenizer, model.gpt.config)
+    encoded = Encoded([transform.units(e) for e in examples], None)
+    outputs, _ = evaluation.answers(model, encoded, device=device, batch_size=settings.batch_size)
+    write(Path(settings.output), table(examples, outputs, spec), "another --output")
+    return len(examples)

@@ -1,0 +1,42 @@
+"""The run folder belongs to one job at a time."""
+
+import fcntl
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from megagpt import dist
+from megagpt.errors import ConfigError, StorageError
+from megagpt.train import manifest
+
+
+@contextmanager
+def locked(run_dir: Path):
+    """Hold the run folder for this job: two jobs writing checkpoints to one folder would ruin both."""
+    file = dist.everywhere(lambda: _take_lock(run_dir) if dist.is_main() else None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _take_lock(run_dir: Path):
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 held open while the run lasts
+    except OSError as error:
+        raise StorageError(f"cannot write to --run_dir {run_dir}: {error.strerror}; choose a writable folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(f"{run_dir} is in use by {owner}; wait for it, or choose another --run_dir") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    manifest.remove_leftovers(run_dir / manifest.FOLDER)
+    return file
