@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, LargestTensor, assert_as_accurate, assert_equal_to_rounding, draw
 
 from megagpt.errors import DataError
 from megagpt.ops import precision, torch_cross_entropy
-from megagpt.ops.torch_ops import linear_cross_entropy
+from megagpt.ops.torch_ops import linear_cross_entropy, weighted_cross_entropy
 
 
 def definition(hidden, weight, targets, *, ignore_index=-100, z_loss=0.0):
@@ -176,3 +177,16 @@ def test_the_logits_are_never_whole():
         linear_cross_entropy(**inputs).backward()
     assert all(leaf.grad is not None for leaf in leaves)
     assert largest.elements < N * V / 4
+
+
+def test_a_weighted_sum_is_that_of_the_rows_own_losses_and_so_are_its_gradients():
+    inputs = problem(300, 16, 257)
+    hidden, weight = (inputs[name].double().requires_grad_() for name in ("hidden", "weight"))
+    weights = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-3
+    weights[::7] = 0
+    expected = F.cross_entropy(hidden @ weight.T, inputs["targets"], reduction="none") @ weights
+    found = weighted_cross_entropy(hidden, weight, inputs["targets"], weights)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert weighted_cross_entropy(hidden, weight, inputs["targets"], torch.zeros(300)).item() == 0
