@@ -41,6 +41,18 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"megagpt {__version__}\n"
 
 
+def test_python_m_megagpt_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "megagpt", "--version"], capture_output=True, text=True, timeout=60)
+    assert shown.stdout == f"megagpt {__version__}\n", shown.stderr
+
+
+def test_help_keeps_the_arguments_that_have_no_flag(capsys):
+    assert main(["data", "info", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "positional arguments" in shown
+    assert "--prefix" not in shown
+
+
 def test_a_slip_in_a_command_is_answered_with_the_nearest(capsys):
     assert main(["prepar"]) == 2
     shown = capsys.readouterr().err

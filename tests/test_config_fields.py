@@ -142,6 +142,9 @@ def test_help_names_every_flag_and_imports_no_torch():
     for name in TrainSettings.__dataclass_fields__:
         assert f"--{name} " in shown.stdout
     assert "--deepspeed_config" in shown.stdout
+    assert "default: None" not in shown.stdout
+    assert "number of blocks" in shown.stdout
+    assert "1234)" in shown.stdout  # a default that says something
 
 
 def test_one_of_several_ranks_answers_help(monkeypatch, capsys):

@@ -107,6 +107,13 @@ def test_a_run_too_short_for_a_curve_says_so(tmp_path):
     assert "loss.png" not in (tmp_path / "summary.md").read_text()
 
 
+def test_a_run_without_validation_has_no_empty_table(tmp_path):
+    with RunLog(tmp_path, total_steps=1, is_main=True) as log:
+        log.train(training_record(1))
+        log.finish({})
+    assert "validation set" not in (tmp_path / "summary.md").read_text()
+
+
 def test_a_run_logged_once_but_evaluated_often_has_a_curve(tmp_path):
     """Ten steps and the default logging interval of ten: one training point, and every evaluation."""
     with RunLog(tmp_path, total_steps=10, is_main=True) as log:

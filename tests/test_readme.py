@@ -5,6 +5,7 @@ import lzma
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -187,6 +188,36 @@ def test_the_quickstart_takes_another_port_where_the_usual_one_is_taken():
         assert flag == "--master_port"
         assert int(port) != taken
     assert port_flag(taken) == ""
+
+
+COMMAND_THAT_ENDS_IN_ORDER = """
+import time
+try:
+    print("started", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("in order", flush=True)
+"""
+
+
+def test_ctrl_c_lets_the_command_of_a_quickstart_end_in_order():
+    command = ["python", "-c", COMMAND_THAT_ENDS_IN_ORDER]
+    code = f"import sys\nfrom megagpt.tools import quickstart\nsys.exit(quickstart.run({command!r}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal's job is
+    ) as process:
+        assert any(line == "started\n" for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        shown, errors = process.communicate(timeout=60)
+    assert shown == "in order\n\ninterrupted; the same make command goes on\n"
+    assert errors == ""
+    assert process.returncode == 130
 
 
 def test_the_quickstart_goes_from_text_to_a_sample(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, fields
-from typing import TypeVar, get_origin
+from typing import Annotated, TypeVar, get_origin, get_type_hints
 
 from megagpt.errors import ConfigError, nearest
 
@@ -40,6 +40,8 @@ def parse_flags(
         _refuse_unknown(args, [field.name for field in fields(cls)], prog)
         _refuse_missing(cls, args, prog)
         _refuse_repeated(cls, args)
+    else:
+        _hide_empty_defaults(cls)
     # Every rank parses the same flags; one of them answers --help.
     silent = wants_help and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     messages = io.StringIO()
@@ -61,6 +63,17 @@ def parse_flags(
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no flag; {prog} --help lists the flags")
     return settings
+
+
+def _hide_empty_defaults(cls: type) -> None:
+    """Let ``--help`` name the defaults that say something: None means that another flag or file decides."""
+    import tyro
+
+    empty = ("None", "", "''")
+    hint = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in empty else f"(default: {default})")
+    kinds = get_type_hints(cls, include_extras=True)
+    # On the class itself: tyro reads the help texts in its source.
+    cls.__annotations__ = {name: Annotated[kind, hint] for name, kind in kinds.items()}
 
 
 def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[str, str | None]) -> list[str]:

@@ -20,6 +20,7 @@ CORPUS = Path("data/quickstart")
 RUN_DIR = Path("runs/quickstart")
 STEPS = 800  # about three minutes on two cores
 BIN = Path(sys.executable).parent
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,12 +74,18 @@ def generate_command(run_dir: Path) -> list[str]:
 
 
 def run(command: list[str]) -> int:
-    """Show ``command`` as one would type it, and run it with this Python's own programs."""
+    """Show ``command`` as one would type it, run it with this Python's own programs, and return its exit code."""
     print(f"\n$ {shlex.join(command)}", flush=True)
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}  # each of two ranks gets its share of the cores
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it looked for another
-    return subprocess.run([str(BIN / command[0]), *command[1:]], env={**env, **os.environ}).returncode
+    with subprocess.Popen([str(BIN / command[0]), *command[1:]], env={**env, **os.environ}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Ctrl-C has reached the command too: let it end in order
+            process.wait()
+            print("\ninterrupted; the same make command goes on", flush=True)
+            return INTERRUPTED
 
 
 def report(run_dir: Path) -> str:

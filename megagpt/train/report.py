@@ -167,8 +167,10 @@ def to_markdown(title: str, summary: dict, picture: str | None) -> str:
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in summary.items() if not isinstance(value, dict | list)]
     measures = ("loss", "ppl", "word_ppl", "bits_per_byte")
-    lines += ["", "| validation set | step | " + " | ".join(measures) + " |", "|---|---|" + "---|" * len(measures)]
-    for name, evaluations in summary.get("valid", {}).items():
+    valid = summary.get("valid", {})
+    if valid:
+        lines += ["", "| validation set | step | " + " | ".join(measures) + " |", "|---|---|" + "---|" * len(measures)]
+    for name, evaluations in valid.items():
         for when, e in evaluations.items():
             cells = " | ".join(_cell(e.get(m)) for m in measures)
             lines.append(f"| {name} ({when}) | {e['step']} | {cells} |")
