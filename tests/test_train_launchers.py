@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,24 @@ def test_each_launcher_trains(launcher, ranks, tmp_path):
     assert ranks_of(tmp_path / "run") == ranks
     assert "saved" in output
     assert (tmp_path / "run" / "checkpoints" / "global_step2" / "manifest.json").exists()
+
+
+def test_ctrl_c_says_where_the_same_command_goes_on(tmp_path):
+    longer = ["--max_steps", "100000", "--save_interval", "1"]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *arguments(tmp_path / "run"), *longer],
+        env=clean_env(tmp_path, PYTHONUNBUFFERED="1"),
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert any("saved" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    newest = max(int(path.name[11:]) for path in (tmp_path / "run" / "checkpoints").glob("global_step*"))
+    assert re.search(rf"interrupted after step \d+; the same command goes on from step {newest}$", rest, re.M), rest
+    assert process.returncode == 130
 
 
 def test_two_tasks_under_slurms_variables_find_each_other(tmp_path):

@@ -107,8 +107,13 @@ class Loop:
     def run(self) -> None:
         """Train to the end. Raises NumericError, StorageError, or whatever broke; saved work stays saved."""
         self.engine.train()
-        while self.state.step < self.intervals.total:
-            self.advance()
+        try:
+            while self.state.step < self.intervals.total:
+                self.advance()
+        except KeyboardInterrupt:
+            saved = next(map(manifest.step_of, manifest.folders(self.root)), 0)
+            self.log.message(f"interrupted after step {self.state.step}; the same command goes on from step {saved}")
+            raise
 
     def advance(self) -> None:
         """One optimiser step, and what is due after it."""
