@@ -49,4 +49,4 @@ commands:
 {commands}
 
 megagpt COMMAND --help lists a command's options; megagpt --version tells the version.
-Training: deepspeed train.py --help"""
+Training: deepspeed train.py --help; fine-tuning: deepspeed finetune.py --help"""

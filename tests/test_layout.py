@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "tools": {"model", "data", "ops", "config", "dist"},
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.main"},
     "cli": {"dist"},
+    "__main__": {"cli"},
     "megagpt_kernels": set(),
 }
 # The parts that must answer before anything heavy is loaded, and the packages they may load inside a function.

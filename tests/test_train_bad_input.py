@@ -94,7 +94,7 @@ CASES = {
         lambda f: {"valid_data": without_a_second_token(f)},
         "one has 1 tokens; a validation set needs at least two",
     ),
-    "nothing to resume": (lambda f: {"resume": f / "nowhere"}, "nowhere holds no checkpoint"),
+    "nothing to resume": (lambda f: {"resume": f / "nowhere"}, "nowhere does not exist"),
     "weights of an unknown model": (
         lambda f: {"init_from": of_an_unknown_model(f), "model": None},
         "does not say which model its weights are of: a model needs vocab_size",

@@ -171,7 +171,7 @@ def test_a_pickle_that_would_run_code_is_refused(run_dir, tmp_path):
         ({"stage": 2}, 2, "ZeRO stage 1 in the checkpoint and 2 now"),
         ({"precision": "bf16"}, 2, "precision fp32 in the checkpoint and bf16 now"),
         ({"resume": "never"}, 2, "already holds checkpoints (newest global_step4) and --resume is never"),
-        ({"resume": "nowhere"}, 2, "nowhere holds no checkpoint"),
+        ({"resume": "nowhere"}, 2, "nowhere does not exist"),
         ({"max_steps": 3}, 2, "is at step 4 and the run ends at 3"),
     ],
     ids=lambda value: str(value)[:30],

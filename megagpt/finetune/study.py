@@ -1,4 +1,4 @@
-"""``megagpt study layers|size|ablation``: what transfer brings, as a sweep of fine-tuning runs.
+"""megagpt study layers|size|ablation: what transfer brings, as a sweep of fine-tuning runs.
 
 layers    how many of the pre-trained blocks are taken over, from the embeddings alone to all of them
 size      how many training examples there are: with and without the auxiliary language model, and from scratch

@@ -55,8 +55,9 @@ def root_of(path: Path) -> Path:
 
 def nothing_there(path: Path) -> CheckpointError:
     """The error of a path in which a checkpoint was looked for in vain."""
+    fault = "holds no checkpoint" if path.exists() else "does not exist"
     return CheckpointError(
-        f"{path} holds no checkpoint; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
+        f"{path} {fault}; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
     )
 
 
