@@ -65,22 +65,21 @@ def collect() -> list[Docstring]:
 
 
 def split(docstrings: list[Docstring], seed: int = 0) -> tuple[list[Docstring], list[Docstring]]:
-    """Training and validation part: of each package, whole modules until they hold ``VALID_SHARE`` of its docstrings.
+    """Training and validation part: of each package, whole modules up to ``VALID_SHARE`` of its docstrings.
 
     Every package keeps modules in both parts.
     """
     held: set[str] = set()
     rng = random.Random(seed)
     for _, modules in sorted(_by_module(docstrings).items()):
-        total, taken = sum(modules.values()), 0
         order = sorted(modules)
         rng.shuffle(order)
-        order.sort(key=modules.__getitem__)  # stable: modules of a size in random order, so that large ones stay
-        for module in order[::2]:  # the others stay, also the largest of two
-            if taken and taken + modules[module] > VALID_SHARE * total:
-                continue
-            held.add(module)
-            taken += modules[module]
+        smallest = min(order, key=modules.__getitem__)
+        taken = {smallest: modules[smallest]}  # at least one
+        for module in order:
+            if module not in taken and sum(taken.values()) + modules[module] <= VALID_SHARE * sum(modules.values()):
+                taken[module] = modules[module]
+        held |= set(taken)
     return [d for d in docstrings if d.module not in held], [d for d in docstrings if d.module in held]
 
 

@@ -47,7 +47,7 @@ def finetune_command(task: Path, init_from: Path, run_dir: Path, epochs: int) ->
     launcher = f"deepspeed --quiet --num_gpus {ranks}{quickstart.port_flag()} finetune.py"
     files = f"--train {task}/train.jsonl --valid {task}/valid.jsonl --text_column text --label_column label"
     # A small model takes larger steps than the paper's.
-    length = f"--epochs {epochs} --lr 1e-3 --global_batch_size 32 --micro_batch_size 16"
+    length = f"--epochs {epochs} --lr 1e-3 --order grouped --global_batch_size 32 --micro_batch_size 16"
     flags = f"--ds_config ds_configs/cpu.json {files} --init_from {init_from} {length} --run_dir {run_dir}"
     return [*launcher.split(), *flags.split()]
 
