@@ -33,7 +33,7 @@ def test_whole_modules_are_held_out_until_they_make_a_fifth():
     sizes = {"p/a.py": 30, "p/b.py": 4, "p/c.py": 4, "p/d.py": 2, "q/a.py": 5, "q/b.py": 6}
     found = [Docstring(f"{m} {i}", m[0], m) for m, n in sizes.items() for i in range(n)]
     valid = Counter(d.module for d in split(found)[1])
-    # of p's 40 at most eight: the smallest module and one of four; of q's two modules the smaller one, though it is more
+    # at most eight of p's 40: the smallest module and one of four; the smaller one of q's two, though it is more
     assert valid in ({"p/d.py": 2, "p/b.py": 4, "q/a.py": 5}, {"p/d.py": 2, "p/c.py": 4, "q/a.py": 5})
     assert valid == {d.module: sizes[d.module] for d in split(found)[1]}
 
