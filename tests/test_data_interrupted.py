@@ -20,7 +20,7 @@ from megagpt.data.storage import storage_errors, write_atomically
 from megagpt.errors import StorageError
 
 
-def test_a_killed_job_goes_on_where_it_stopped(tmp_path, many, tokenizer, monkeypatch, capsys):
+def test_a_killed_job_goes_on_where_it_stopped(tmp_path, many, tokenizer, capsys):
     args = ["--input", *many, "--tokenizer", str(tokenizer), "--valid_fraction", "0.1", "--workers", "2"]
     assert prepare(*args, "--output", tmp_path / "whole") == 0
     save_often = "import megagpt.data.job as job; job._SAVE_EVERY_S = 0.05; "

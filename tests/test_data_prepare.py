@@ -65,7 +65,7 @@ def test_a_long_file_is_one_document_on_one_side(tmp_path, tokenizer):
     assert ids.tolist() == [*from_file(tokenizer).encode(text), 0]
 
 
-def test_the_standard_library_is_the_embedded_corpus(tmp_path, tokenizer, capsys):
+def test_the_standard_library_is_the_embedded_corpus(tmp_path, tokenizer):
     assert prepare("--corpus", "python-stdlib", "--tokenizer", tokenizer, "--output", tmp_path / "out") == 0
     modules = [Path(path) for path in files()]
     dataset = IndexedDataset(tmp_path / "out")

@@ -81,6 +81,19 @@ def of_an_unknown_model(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+def of_shorter_sequences(folder: Path) -> Path:
+    """Weights whose position table has 16 rows."""
+    shape = {"vocab_size": 256, "seq_len": 16, "n_layer": 1, "n_head": 2, "d_model": 32, "d_ff": 128, "norm": "pre"}
+    path = folder / "model.safetensors"
+    save_file({"wpe.weight": torch.zeros(16, 32)}, path, metadata={"config": json.dumps(shape)})
+    return path
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
 CASES = {
     "missing corpus": (lambda f: {"data": f / "nothing"}, "nothing.bin does not exist"),
     "truncated tokens": (lambda f: {"data": truncated(f, ".bin")}, "stdlib.bin"),
@@ -99,6 +112,14 @@ CASES = {
         lambda f: {"init_from": of_an_unknown_model(f), "model": None},
         "does not say which model its weights are of: a model needs vocab_size",
     ),
+    "sequences longer than the position table": (
+        lambda f: {"init_from": of_shorter_sequences(f), "model": None, "seq_len": 32},
+        "seq_len 32 (the weights have 16)",
+    ),
+    "weights to resume from": (
+        lambda f: {"resume": of_shorter_sequences(f)},
+        "--init_from starts a new run from it",
+    ),
     "no length": (lambda f: {"max_steps": None}, "give --max_steps, --max_tokens or --epochs"),
     "less than a step": (lambda f: {"max_steps": None, "max_tokens": 3}, "is less than one step"),
     "unknown model": (lambda f: {"model": "gpt1x"}, "did you mean 'gpt1'"),
@@ -111,6 +132,14 @@ CASES = {
         "train_batch_size 7 is not 2 per rank x 3 steps x 2 ranks = 12",
     ),
     "fp16 on a CPU": (lambda f: {"precision": "fp16"}, "fp16 needs a GPU and none is visible"),
+    "misspelt JSON key": (
+        lambda f: {"ds_config": written(f / "x.json", '{"zero_optimisation": {}}')},
+        "(did you mean 'zero_optimization'?)",
+    ),
+    "JSON key given twice": (
+        lambda f: {"ds_config": written(f / "x.json", '{"bf16": {}, "bf16": {}}')},
+        'the key "bf16" occurs twice',
+    ),
     "no such ds_config": (lambda f: {"ds_config": f / "no.json"}, "no.json"),
     "apex that is not NVIDIA's": (lambda f: {"optimizer": "apex"}, "package called apex on PyPI is another one"),
     "kernels that cannot serve": (lambda f: {"kernels": "triton"}, "--kernels triton"),
