@@ -123,6 +123,7 @@ def test_kernels_take_the_arguments_of_the_definition(operation):
 # A decoder with the kernels -------------------------------------------------------------------------------------
 
 SHAPE = {"vocab_size": 61, "seq_len": 12, "n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 96}
+NARROW = {"n_layer": 1, "n_head": 1, "d_model": 32, "d_ff": 48}  # for what takes many passes of the interpreter
 NORMS = pytest.mark.parametrize("norm", ["pre", "post"])
 
 
@@ -204,7 +205,7 @@ def losses_of_training(model, device, steps=20):
 def test_twenty_steps_of_training_follow_the_torch_backend(norm, device):
     """To 1e-4, the tolerance that training under ZeRO has against a plain loop."""
     ours, theirs = (
-        losses_of_training(build(kernels, norm=norm, n_layer=1, dropout=0.1, device=device), device)
+        losses_of_training(build(kernels, norm=norm, **NARROW, dropout=0.1, device=device), device)
         for kernels in ("triton", "torch")
     )
     assert ours == pytest.approx(theirs, abs=1e-4)
@@ -225,7 +226,7 @@ def test_a_checkpoint_is_the_same_under_either_backend(norm):
 def test_a_graph_used_twice_gives_the_same_gradients(norm, device):
     torch.use_deterministic_algorithms(True)
     try:
-        model = build("triton", norm=norm, dropout=0.1, device=device)
+        model = build("triton", norm=norm, n_layer=1, dropout=0.1, device=device)
         loss, parameters = model(*batch(device)), list(model.parameters())
         first = torch.autograd.grad(loss, parameters, retain_graph=True)
         second = torch.autograd.grad(loss, parameters)
@@ -235,11 +236,10 @@ def test_a_graph_used_twice_gives_the_same_gradients(norm, device):
 
 
 @NORMS
-@pytest.mark.parametrize("every", [1, 2])
-def test_recomputed_blocks_give_the_same_gradients(norm, every, device):
-    changes = {"norm": norm, "dropout": 0.1, "device": device}
+def test_recomputed_blocks_give_the_same_gradients(norm, device):
+    changes = {"norm": norm, "dropout": 0.1, "device": device, "n_layer": 1}
     plain = loss_and_gradients(build("triton", **changes), device)
-    recomputed = loss_and_gradients(build("triton", **changes, activation_checkpointing=every), device)
+    recomputed = loss_and_gradients(build("triton", **changes, activation_checkpointing=1), device)
     for name in plain:
         if device == "cpu":
             assert torch.equal(recomputed[name], plain[name])
@@ -250,7 +250,7 @@ def test_recomputed_blocks_give_the_same_gradients(norm, every, device):
 @NORMS
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_compiled_model_is_one_graph_and_gives_the_same(norm, device):
-    model = build("triton", norm=norm, dropout=0.1, device=device)
+    model = build("triton", norm=norm, n_layer=1, dropout=0.1, device=device)
     plain = loss_and_gradients(model, device)
     graph = loss_and_gradients(model, device, torch.compile(model, fullgraph=True, backend="aot_eager"))
     for name in plain:

@@ -15,7 +15,7 @@ from megagpt.train import report
 
 REPO = Path(__file__).parent.parent
 CONFIG = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
-SHAPE = {"n_layer": 1, "d_model": 64, "n_head": 2, "d_ff": 96, "seq_len": 16, "dropout": 0.1}
+SHAPE = {"n_layer": 1, "d_model": 32, "n_head": 1, "d_ff": 48, "seq_len": 16, "dropout": 0.1}
 
 
 def arguments(folder: Path, name: str, **changes) -> list[str]:
