@@ -7,15 +7,13 @@ from megagpt.train.log import RunLog
 
 
 def _log_with_deepspeeds_monitor(run_dir, start_step, steps):
-    import os
 
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
-    from megagpt.dist import resolve_world
     from megagpt.train.engine import start_distributed, stop_distributed
 
-    start_distributed(resolve_world(os.environ), timeout_minutes=1)
+    start_distributed(timeout_minutes=1)
     sections = {
         "tensorboard": {"enabled": True, "output_path": str(run_dir), "job_name": "tb"},
         "csv_monitor": {"enabled": True, "output_path": str(run_dir), "job_name": "csv"},

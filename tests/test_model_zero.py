@@ -38,7 +38,7 @@ def build_sharded(norm):
     raw = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     settings = TrainSettings(ds_config="zero3.json", data=("none",), run_dir="none")
     config = ds.resolve(raw, settings, world.world_size, path="zero3.json", hidden_size=D)
-    engine.start_distributed(world, timeout_minutes=1)
+    engine.start_distributed(timeout_minutes=1)
     registered, most = [], [0]
 
     def count(module, name, parameter):

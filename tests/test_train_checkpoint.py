@@ -228,6 +228,22 @@ def test_the_best_checkpoint_survives_and_the_oldest_go(tmp_path):
     assert checkpoint.read_state(folder(run, 6)).best_step == best
 
 
+def test_a_best_step_whose_save_failed_takes_no_other_checkpoint_with_it(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    (root / manifest.tmp_name(1)).write_text("in the way")
+    flags = {"keep_last": 2, "max_steps": 6, "eval_interval": 1, "eval_steps": 1, "lr": 5.0}
+    code, output = resume(tmp_path / "run", ranks=1, **flags, valid_data=f"v={tiny_corpus()}-valid")
+    assert code == 0, output
+    assert "WARNING: checkpoint of step 1 failed, going on" in output
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    by_step = {r["step"]: r["valid/v/loss"] for r in losses if "valid/v/loss" in r and r["step"] > 0}
+    assert min(by_step, key=by_step.get) == 1, "the step that could not be saved has to be the best for this test"
+    best = min(by_step.keys() - {1}, key=by_step.get)
+    assert checkpoint.read_state(folder(tmp_path / "run", 6)).best_step == best
+    assert folder(tmp_path / "run", best).exists()
+
+
 def test_a_second_job_on_the_same_folder_is_refused(run_dir):
     from megagpt.train.folder import _take_lock
 

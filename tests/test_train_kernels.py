@@ -80,7 +80,7 @@ def choose_on_a_rank(folder: str, flags: list[str]) -> list[str]:
     world = World(rank, 2, rank, 2, 0, "127.0.0.1", int(os.environ["MASTER_PORT"]), "torch")
     settings = parse(flags)
     plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
-    engine.start_distributed(world, 2)
+    engine.start_distributed(2)
     device = torch.device("cpu")
     ops = kernels.load(plan, device)
 

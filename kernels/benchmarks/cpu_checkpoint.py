@@ -94,7 +94,7 @@ def make_engine(folder: Path, layers: int):
     world = dist.resolve_world({})
     dist.export(world)
     config = ds.resolve(raw, settings, 1, path="bench", hidden_size=WIDTH)
-    engine.start_distributed(world, 10)
+    engine.start_distributed(10)
     shape = GPTConfig(vocab_size=VOCAB, seq_len=SEQ_LEN, n_layer=layers, n_head=8, d_model=WIDTH)
     model = GPT(shape, load_ops("torch", head_width=64, dtype=torch.float32, device="cpu"))
     groups = optim.parameter_groups(model.named_parameters(), decays, lr=1e-3, weight_decay=0.01)

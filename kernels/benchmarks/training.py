@@ -114,7 +114,7 @@ class Ours(Peers):
         self.world = dist.resolve_world({})
         self.device = engine.device_of(self.world)
         dist.export(self.world)
-        engine.start_distributed(self.world, 10)
+        engine.start_distributed(10)
         self.stack.callback(engine.stop_distributed)
         write_corpus(folder / "corpus", shape.tokens().reshape(-1))
 

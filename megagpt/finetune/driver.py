@@ -37,7 +37,7 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
     optim.check_available(plan.optimiser["optimizer"])
     _ops(plan, device)
     dist.export(world)
-    deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
+    deepspeed_engine.start_distributed(plan.settings.distributed_timeout_minutes)
     return device
 
 

@@ -74,7 +74,7 @@ def _share_cores(world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_world_size))
 
 
-def start_distributed(world: World, timeout_minutes: float) -> None:
+def start_distributed(timeout_minutes: float) -> None:
     """Start the process group over which DeepSpeed communicates: gloo on CPUs, NCCL on GPUs."""
     deepspeed = import_deepspeed()
     if not torch.cuda.is_available():

@@ -30,11 +30,13 @@ def _take_lock(run_dir: Path):
         raise StorageError(f"cannot write to --run_dir {run_dir}: {error.strerror}; choose a writable folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
         raise ConfigError(f"{run_dir} is in use by {owner}; wait for it, or choose another --run_dir") from None
+    except OSError:  # file systems of clusters are often mounted without locks
+        print(f"{run_dir}: its file system has no locks; start no second job for this folder", flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()

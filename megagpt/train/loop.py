@@ -52,7 +52,7 @@ class Loop:
     ``forward(engine, batch)`` is a micro-batch's loss and ``tokens_of(step)`` the number of tokens in a global batch.
     ``evaluate()`` returns {name: {"loss": ...}} over the validation sets (empty without any) and leaves the model in
     training mode and every random generator as it was. The checkpoint with the lowest ``badness(results)`` is the best
-    one; ``on_best()`` is called when there is a new one and ``before_save()`` before each save, both on every rank.
+    one; ``on_best()`` is called when a new one is saved and ``before_save()`` before each save, both on every rank.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class Loop:
 
     def _save(self, *, final: bool, evaluated: bool) -> None:
         self.before_save()
-        if evaluated:
-            self._note_best()
+        best = self.state.best_loss, self.state.best_step
+        is_best = evaluated and self._note_best()
         begun = time.perf_counter()
         try:
             folder = checkpoint.save(self.engine, self.root, self.state, self.config, needed=self.checkpoint_bytes)
@@ -233,8 +233,12 @@ class Loop:
             if final or self._failed_saves >= _MAX_FAILED_SAVES:
                 raise
             self.log.message(f"WARNING: checkpoint of step {self.state.step} failed, going on: {error}")
+            self.state.best_loss, self.state.best_step = best  # the one that is there must not be pruned
+            self._mark_time()
             return
         self._failed_saves = 0
+        if is_best:
+            self.on_best()
         self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
         self._passed_over.discard(self.state.step)  # there is a good one now
         if dist.is_main():
@@ -242,12 +246,13 @@ class Loop:
             manifest.prune(self.root, self.intervals.keep_last, keep, self._passed_over)
         self._mark_time()
 
-    def _note_best(self) -> None:
-        """The best checkpoint is the saved one that did best on the validation sets at its own step."""
+    def _note_best(self) -> bool:
+        """The best checkpoint is the saved one that did best on the validation sets at its own step; is it this one?"""
         loss = self.badness(self.last_valid)
-        if self.state.best_loss is None or loss < self.state.best_loss:
-            self.state.best_loss, self.state.best_step = loss, self.state.step
-            self.on_best()
+        if self.state.best_loss is not None and loss >= self.state.best_loss:
+            return False
+        self.state.best_loss, self.state.best_step = loss, self.state.step
+        return True
 
 
 def memory_gb() -> float:

@@ -29,7 +29,7 @@ def train(plan: Plan, world: dist.World) -> None:
     device = deepspeed_engine.device_of(world)
     _check_machine(plan, device)
     dist.export(world)
-    deepspeed_engine.start_distributed(world, plan.settings.distributed_timeout_minutes)
+    deepspeed_engine.start_distributed(plan.settings.distributed_timeout_minutes)
     with folder.locked(plan.run_dir):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
