@@ -32,6 +32,7 @@ class FinetuneSettings:
     label_column: str = "label"  # column of the label; multilabel: or a column of 0 and 1 for each label, a,b,c
     choice_column: str | None = None  # choose: columns of the choices, a,b,c, or one that holds a JSON list
     id_column: str | None = None  # column of the examples' names; rows are numbered without one
+    quoting: Literal["auto", "standard", "none"] = "auto"  # of tables; auto: fields in quotes in CSV, none in TSV
     label_separator: str = "|"  # multilabel: between labels in one cell
     hierarchy: str = ""  # multilabel: what separates levels in a label, as / in animal/bird
     metrics: str | None = None  # what to compute, a,b; the first decides which checkpoint is best

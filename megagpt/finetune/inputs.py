@@ -41,6 +41,7 @@ def _own_data(settings: FinetuneSettings) -> TaskData:
         choices=names(settings.choice_column or ""),
         id=settings.id_column,
         label_separator=settings.label_separator,
+        quoting=settings.quoting,
     )
     return own_data.load_files(
         settings.train,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError, DataError
@@ -19,6 +20,7 @@ class PredictSettings:
     text_column: str | None = None  # column of the text, or two; those of the training file by default
     choice_column: str | None = None  # columns of the choices; those of the training file by default
     id_column: str | None = None  # column of the rows' names; they are numbered without one
+    quoting: Literal["auto", "standard", "none"] = "auto"  # of tables; auto: fields in quotes in CSV, none in TSV
     tokenizer: str | None = None  # a tokenizer.json; the run folder's by default
     batch_size: int = 32  # rows at once
 
@@ -63,6 +65,7 @@ def predict_file(settings: PredictSettings) -> int:
         text=names(settings.text_column or "") or spec.text_columns,
         choices=names(settings.choice_column or "") or spec.choice_columns,
         id=settings.id_column,
+        quoting=settings.quoting,
     )
     examples = load_inputs(settings.input, columns).examples
     transform = transform_for(spec, tokenizer, model.gpt.config)

@@ -59,6 +59,8 @@ def summary(plan: FinetunePlan, state: TrainState, found: dict[str, dict], secon
         "examples": {split.name: len(split) for split in plan.data.splits()},
         "train_examples": len(plan.data.train),
         "n_transfer": plan.n_transfer,
+        "n_layer": plan.model.n_layer,
+        "backbone": plan.model.backbone,
         "lm_coef": max(p.phase.lm_coef for p in plan.phases),
         "from_scratch": settings.from_scratch,
         "limit_train": settings.limit_train,
