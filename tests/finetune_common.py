@@ -29,7 +29,7 @@ def folder() -> Path:
 @functools.cache
 def pretrained(norm: str = "post", **changes) -> Path:
     """A .safetensors file of untrained weights beside its tokenizer.json."""
-    home = folder() / f"gpt-{norm}-{len(changes)}"
+    home = folder() / "-".join(["gpt", norm, *map(str, changes.values())])
     home.mkdir(exist_ok=True)
     write_tokenizer(home / "tokenizer.json")
     tokenizer = from_file(home / "tokenizer.json")
@@ -66,3 +66,21 @@ def write_csv(path: Path, n: int, seed: int = 0) -> Path:
         rows.append(f"{' '.join(filler)},{('plus', 'minus')[i % 2]}")
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+def train_all(cases: list[list]) -> None:
+    """Runs of ``finetune.py`` on this rank that share a process group: they take less than starting one."""
+    import os
+
+    from megagpt.config import deepspeed
+    from megagpt.dist import resolve_world
+    from megagpt.finetune import driver
+    from megagpt.finetune.fields import parse
+    from megagpt.finetune.plan import make_plan
+
+    world, device = resolve_world(os.environ), None
+    for argv in cases:
+        settings = parse([str(word) for word in argv])
+        plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
+        device = device or driver.start(plan, world)
+        driver.finetune(plan, world, device)

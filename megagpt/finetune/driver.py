@@ -19,8 +19,8 @@ from megagpt.finetune.model import Classifier
 from megagpt.finetune.phases import open_engine, padding_line
 from megagpt.finetune.plan import FinetunePlan, PhasePlan
 from megagpt.finetune.score import METRICS, score
-from megagpt.ops import Ops, load_ops
-from megagpt.train import checkpoint, folder, hardware, optim, report, resume
+from megagpt.ops import Ops
+from megagpt.train import checkpoint, folder, hardware, kernels, optim, report, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan
 from megagpt.train.log import RunLog
@@ -35,15 +35,10 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
     ds.check_hardware(plan.config, device.type, capability)
     deepspeed_engine.check_async_io(plan.config)
     optim.check_available(plan.optimiser["optimizer"])
-    _ops(plan, device)
+    kernels.load(plan, device)
     dist.export(world)
     deepspeed_engine.start_distributed(plan.settings.distributed_timeout_minutes)
     return device
-
-
-def _ops(plan: FinetunePlan, device: torch.device) -> Ops:
-    dtype = deepspeed_engine.DTYPES[plan.config.precision]
-    return load_ops(plan.settings.kernels, head_width=plan.model.head_width, dtype=dtype, device=device)
 
 
 def finetune(plan: FinetunePlan, world: dist.World, device: torch.device) -> None:
@@ -52,7 +47,9 @@ def finetune(plan: FinetunePlan, world: dist.World, device: torch.device) -> Non
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
         source, notes = resume.checkpoint_to_resume(plan)
-        run = Run(plan, world, device, _ops(plan, device), source, needed, notes)
+        ops, choice = kernels.settle(plan, device, resumed=source is not None)
+        description = {**plan.describe(), "kernels": kernels.describe(ops, choice)}
+        run = Run(plan, world, device, ops, description, source, needed, notes)
         try:
             run.run()
         finally:
@@ -67,6 +64,7 @@ class Run:
     world: dist.World
     device: torch.device
     ops: Ops
+    description: dict  # for run.json
     source: Path | None  # the checkpoint that the run goes on from, until it is loaded
     checkpoint_bytes: int
     notes: list[str]
@@ -243,7 +241,7 @@ class Run:
             if dist.is_main():
                 report.write_run(
                     plan.run_dir,
-                    plan.describe(),
+                    self.description,
                     start_step=step,
                     world_size=self.world.world_size,
                     tokenizer=plan.tokenizer_path,
