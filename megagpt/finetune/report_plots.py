@@ -41,9 +41,10 @@ def plot_report(lines: Sequence[Line], path: Path) -> None:
         axes.plot([], [], marker, color=colour, label=label, fillstyle="none" if marker == "D" else "full")
     labels = [f"{line.task}/{line.split} {line.metric} ({line.variant})" for line in rows]
     axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("percent")
     _finish(axes)
+    axes.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path)
 
 
