@@ -1,6 +1,7 @@
 """Kernels run in Triton's interpreter where there is no GPU; fixtures that several test modules share."""
 
 import importlib
+import signal
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,10 @@ from hypothesis import settings
 # are compared with torch's, and which of the two is lucky must not change from run to run.
 settings.register_profile("megagpt", deadline=None, derandomize=True)
 settings.load_profile("megagpt")
+
+# Processes that a script starts in its background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -203,9 +203,7 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_lets_the_command_of_a_quickstart_end_in_order():
     command = ["python", "-c", COMMAND_THAT_ENDS_IN_ORDER]
-    # What was started in a shell's background ignores Ctrl-C, and so would this.
-    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code = f"{heed}import sys\nfrom megagpt.tools import quickstart\nsys.exit(quickstart.run({command!r}))"
+    code = f"import sys\nfrom megagpt.tools import quickstart\nsys.exit(quickstart.run({command!r}))"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
