@@ -224,7 +224,8 @@ class Loop:
     def _save(self, *, final: bool, evaluated: bool) -> None:
         self.before_save()
         best = self.state.best_loss, self.state.best_step
-        is_best = evaluated and self._note_best()
+        if evaluated and self._note_best():
+            self.on_best()  # before the checkpoint that says so: a run that goes on from it does not repeat it
         begun = time.perf_counter()
         try:
             folder = checkpoint.save(self.engine, self.root, self.state, self.config, needed=self.checkpoint_bytes)
@@ -237,8 +238,6 @@ class Loop:
             self._mark_time()
             return
         self._failed_saves = 0
-        if is_best:
-            self.on_best()
         self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
         self._passed_over.discard(self.state.step)  # there is a good one now
         if dist.is_main():
