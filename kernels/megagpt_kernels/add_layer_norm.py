@@ -28,12 +28,15 @@ class _Tiles(NamedTuple):
     warps: int  # of a row
     rows: int  # of a program
     keep: bool  # whether a row and what belongs to its columns stay in registers
-    registers: int  # that a thread may take
+    resident: int  # programs that a multiprocessor holds at once; one more would have to wait for a place
+    registers: int  # that a thread can then take
 
-    @property
-    def resident(self) -> int:
-        """Programs that a multiprocessor with its 65,536 registers holds; one more would have to wait for a place."""
-        return max(1, 65536 // (32 * self.warps * self.rows * self.registers))
+
+def _tiles(chunk: int, warps: int, rows: int, keep: bool, needed: int) -> _Tiles:
+    """For threads that need so many of a multiprocessor's 65,536 registers, which come by eights and end at 255."""
+    threads = 32 * warps * rows
+    resident = max(1, 65536 // (threads * needed))
+    return _Tiles(chunk, warps, rows, keep, resident, min(255, 65536 // (threads * resident) // 8 * 8))
 
 
 def _chunk(D: int, itemsize: int, most: int) -> tuple[int, int, int]:
@@ -45,14 +48,14 @@ def _chunk(D: int, itemsize: int, most: int) -> tuple[int, int, int]:
     return chunk, warps, ceil_div(D, chunk) * vector
 
 
-# The registers are those that compiled kernels take with dropout; fewer would spill.
+# The registers below are what compiled kernels take with dropout, for sm_80, sm_90 and sm_100; fewer would spill.
 
 
 @functools.cache
 def _forward_tiles(D: int, itemsize: int) -> _Tiles:
     chunk, warps, elements = _chunk(D, itemsize, 32)
     keep = D <= 12288
-    return _Tiles(chunk, warps, 1, keep, 168 if keep and elements > 24 else 128)
+    return _tiles(chunk, warps, 1, keep, 168 if keep and elements > 24 else 128)
 
 
 @functools.cache
@@ -60,8 +63,8 @@ def _backward_tiles(D: int, itemsize: int) -> _Tiles:
     # A narrow row is a warp's own, so that no warp waits for another.
     chunk, warps, elements = _chunk(D, itemsize, 32 if D <= 1024 else 24)
     keep = D <= 8192
-    registers = 128 if elements <= 16 or not keep else 168 if elements <= 24 else 255
-    return _Tiles(chunk, warps, max(1, 4 // warps), keep, registers)
+    size = elements + 2 * itemsize  # wide elements take more loads
+    return _tiles(chunk, warps, max(1, 4 // warps), keep, 128 if size <= 20 or not keep else 168 if size <= 28 else 255)
 
 
 def _changes(residual: Tensor | None, p: float) -> bool:
