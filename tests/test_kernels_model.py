@@ -158,7 +158,7 @@ def loss_and_gradients(model, device, forward=None):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_and_every_gradient_are_as_accurate_as_torchs(norm, dropout, dtype, device):
-    changes = {"norm": norm, "dropout": dropout, "device": device}
+    changes = {"norm": norm, "dropout": dropout, "device": device, "n_layer": 2 if dtype == torch.float32 else 1}
     rounded = build("torch", dtype, **changes).state_dict()  # all compute from the same numbers
     found, theirs, truth = (
         loss_and_gradients(model, device)
@@ -188,7 +188,7 @@ def test_dropout_masks_are_those_of_the_torch_backend(norm, device):
 def losses_of_training(model, device, steps=20):
     """Each step on one of four batches, so that there is something to learn."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ids = torch.randint(61, (4, 2, 9), generator=torch.Generator().manual_seed(2)).to(device)
+    ids = torch.randint(61, (4, 1, 9), generator=torch.Generator().manual_seed(2)).to(device)
     torch.manual_seed(3)
     losses = []
     for step in range(steps):
