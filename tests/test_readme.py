@@ -19,7 +19,10 @@ from megagpt.tools.quickstart import port_flag
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(ROOT / "docs" / name for name in ("architecture.md", "kernels.md", "troubleshooting.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("architecture.md", "finetune.md", "kernels.md", "tasks.md", "troubleshooting.md")
+    ),
 ]
 
 # What a recipe asks for is replaced by the least that shows it works.
@@ -87,7 +90,7 @@ def workplace(tmp_path_factory):
     import json
 
     folder = tmp_path_factory.mktemp("workplace")
-    for name in ("train.py", "ds_configs"):
+    for name in ("train.py", "finetune.py", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
     texts = [Path(os.__file__).with_name(f"{module}.py").read_text() for module in ("argparse", "ast", "typing")]
     chunks = [text[i : i + 2000] for text in texts for i in range(0, len(text) - 2000, 2000)]
@@ -98,6 +101,10 @@ def workplace(tmp_path_factory):
         (folder / name).mkdir()
         for i, text in enumerate(texts):
             (folder / name / f"{i}.txt").write_text(text)
+    (folder / "labelled").mkdir()
+    for name, rows in (("train", 64), ("dev", 16), ("new", 4)):
+        table = "".join(f"{('good', 'bad')[i % 2]} number {i},{i % 2}\n" for i in range(rows))
+        (folder / "labelled" / f"{name}.csv").write_text("text,label\n" + table)
     return folder
 
 
@@ -108,11 +115,22 @@ def _train_in(folder, arguments):
     return main(arguments)
 
 
+def _finetune_in(folder, arguments):
+    from megagpt.finetune.main import main
+
+    os.chdir(folder)
+    return main(arguments)
+
+
 def run_in(workplace, command):
     """Run one of the README's commands, made small, in the user's folder."""
     if command[0] == "megagpt":
         return megagpt([word.replace("train:8192", "train:300") for word in command[1:]], workplace)
-    results = run_ranks(_train_in, ranks_of(command), str(workplace), train_arguments(command))
+    if "finetune.py" in command:
+        work, arguments = _finetune_in, command[command.index("finetune.py") + 1 :]
+    else:
+        work, arguments = _train_in, train_arguments(command)
+    results = run_ranks(work, ranks_of(command), str(workplace), arguments)
     output = "".join(text for _, text in results)
     assert [code for code, _ in results] == [0] * len(results), output
     return output
