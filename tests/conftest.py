@@ -1,6 +1,7 @@
 """Kernels run in Triton's interpreter where there is no GPU; fixtures that several test modules share."""
 
 import importlib
+import shutil
 import signal
 
 import pytest
@@ -96,3 +97,17 @@ def many(tmp_path) -> list[str]:
     from data_common import write_many
 
     return write_many(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a finished run of two ranks; not to be changed."""
+    from checkpoint_common import finished_run
+
+    return finished_run(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the finished run to damage."""
+    return shutil.copytree(finished, tmp_path / "run")

@@ -92,6 +92,7 @@ def stopped(argv: list, step: int) -> int:
     return main([str(a) for a in argv])
 
 
+@pytest.mark.timeout(900)  # five runs of two ranks, with an engine built for each of six phases
 def test_an_interrupted_run_of_several_phases_repeats_the_uninterrupted_one(tmp_path):
     """Stopped in the middle of an epoch, and when a phase is over and the next one has not made a step."""
     more = ["--save_interval", 2]

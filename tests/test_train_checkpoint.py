@@ -7,75 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_common import arguments, flip_a_bit, folder, resume, shard
 from corpora import tiny_corpus, write_bytes_corpus
 from distributed import free_port, rank_env, train
-from safetensors.torch import save_file
 
-from megagpt.errors import CheckpointError
 from megagpt.train import checkpoint, manifest
 
 REPO = Path(__file__).parent.parent
-
-
-def arguments(run_dir, *more, stage=1, **changes) -> list:
-    """Flags of a run of 4 steps that saves at each; ``changes`` replace flags by name."""
-    config = Path(tempfile.gettempdir(), f"megagpt-test-zero{stage}-{os.getpid()}.json")
-    config.write_text(
-        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "tensorboard": {}})
-    )
-    flags = {
-        "ds_config": config,
-        "model": "tiny",
-        "n_layer": 1,
-        "d_model": 32,
-        "n_head": 2,
-        "seq_len": 16,
-        "data": tiny_corpus(),
-        "run_dir": run_dir,
-        "max_steps": 4,
-        "save_interval": 1,
-        "keep_last": 9,
-        "lr": 1e-3,
-        "warmup_steps": 1,
-        "log_interval": 1,
-        **changes,
-    }
-    return [word for name, value in flags.items() for word in (f"--{name}", value)] + list(more)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a finished run of two ranks."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    codes, output = train(arguments(run_dir), 2)
-    assert codes == [0, 0], output
-    return run_dir
-
-
-@pytest.fixture
-def run_dir(finished, tmp_path) -> Path:
-    """A copy of the finished run to damage."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"global_step{step}"
-
-
-def shard(run_dir: Path, step: int, rank: int = 1) -> Path:
-    return folder(run_dir, step) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-def resume(run_dir: Path, *more, ranks=2, **changes) -> tuple[int, str]:
-    codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks)
-    assert len(set(codes)) == 1, output
-    return codes[0], output
 
 
 def start_ranks(command: list, folder: Path, **pipes) -> list[subprocess.Popen]:
@@ -83,12 +26,6 @@ def start_ranks(command: list, folder: Path, **pipes) -> list[subprocess.Popen]:
     port = free_port()
     environments = [{**os.environ, **rank_env(rank, 2, port, str(folder))} for rank in range(2)]
     return [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, **pipes) for env in environments]
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_checkpoint_lists_every_file_and_says_what_it_is_of(finished):
@@ -294,75 +231,10 @@ def test_a_disk_that_fails_in_the_middle_of_a_file_is_reported_as_such(tmp_path)
         writer.raise_error()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, stage):
-    run = tmp_path / "run"
-    assert resume(run, ranks=2, stage=stage, max_steps=2)[0] == 0
-    weights, settings = checkpoint.read_weights(run)
-    assert settings["d_model"] == 32
-    assert weights["wte.weight"].shape == (256, 32)
-    new = tmp_path / "new"
-    code, output = resume(new, "--init_from", run, ranks=2, stage=3 - stage, max_steps=1, lr=1e-30, weight_decay=0)
-    assert code == 0, output
-    copied, _ = checkpoint.read_weights(new)
-    assert copied.keys() == weights.keys()
-    for name in weights:
-        torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
-
-
-def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):
-    run = tmp_path / "run"
-    assert resume(run, ranks=1, stage=0, max_steps=2, precision="bf16")[0] == 0
-    weights, _ = checkpoint.read_weights(run)
-    saved = torch.load(folder(run, 2) / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    assert weights.keys() == saved.keys()
-    for name, tensor in weights.items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor.bfloat16(), saved[name]), name
-    assert not torch.equal(weights["wte.weight"], saved["wte.weight"].float())
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda weights: weights.pop("wpe.weight"), "there is none"),
-        (lambda weights: weights.update({"wpe.weight": torch.zeros(3, 32)}), "there is one of shape (3, 32)"),
-    ],
-    ids=["missing", "misshapen"],
-)
-def test_weights_that_are_not_what_their_file_says_are_refused_on_all_ranks(finished, tmp_path, damage, words):
-    weights, config = checkpoint.read_weights(finished)
-    damage(weights)
-    save_file(weights, tmp_path / "w.safetensors", metadata={"config": json.dumps(config)})
-    code, output = resume(tmp_path / "new", init_from=tmp_path / "w.safetensors", stage=3)
-    assert code == 3, output
-    assert "wpe.weight should have the shape (16, 32) and" in output
-    assert words in output
-    assert output.count("error:") == 1
-    assert "Traceback" not in output
-
-
-def test_weights_do_not_start_a_run_on_text_of_another_tokenizer(run_dir, tmp_path):
-    """Sizes of vocabularies agree more often than their tokens."""
-    write_bytes_corpus(tmp_path / "other", [b"some other text " * 50], tokenizer_sha256="1" * 64)
-    code, output = resume(tmp_path / "new", init_from=run_dir, data=tmp_path / "other", ranks=1)
-    assert code == 2
-    assert f"other was made with another tokenizer than the text that {run_dir} was trained on" in output
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_run_may_go_on_with_other_blocks_recomputed(run_dir):
     code, output = resume(run_dir, activation_checkpointing=1)
     assert code == 0, output
     assert "step 4 of 6" in output
-
-
-def test_init_from_refuses_another_shape_and_an_empty_folder(run_dir, tmp_path):
-    code, output = resume(tmp_path / "new", "--init_from", run_dir, ranks=1, n_layer=2)
-    assert code == 2
-    assert "n_layer 2 (the weights have 1)" in output
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        checkpoint.read_weights(tmp_path)
 
 
 def test_runs_killed_at_any_moment_resume_to_the_same_end(finished, tmp_path):

@@ -1,0 +1,62 @@
+"""A small finished run, and what tests do to its folder."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from corpora import tiny_corpus
+from distributed import train
+
+
+def arguments(run_dir, *more, stage=1, **changes) -> list:
+    """Flags of a run of 4 steps that saves at each; ``changes`` replace flags by name."""
+    config = Path(tempfile.gettempdir(), f"megagpt-test-zero{stage}-{os.getpid()}.json")
+    config.write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "tensorboard": {}})
+    )
+    flags = {
+        "ds_config": config,
+        "model": "tiny",
+        "n_layer": 1,
+        "d_model": 32,
+        "n_head": 2,
+        "seq_len": 16,
+        "data": tiny_corpus(),
+        "run_dir": run_dir,
+        "max_steps": 4,
+        "save_interval": 1,
+        "keep_last": 9,
+        "lr": 1e-3,
+        "warmup_steps": 1,
+        "log_interval": 1,
+        **changes,
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", value)] + list(more)
+
+
+def finished_run(run_dir: Path) -> Path:
+    """``run_dir`` after a run of two ranks."""
+    codes, output = train(arguments(run_dir), 2)
+    assert codes == [0, 0], output
+    return run_dir
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"global_step{step}"
+
+
+def shard(run_dir: Path, step: int, rank: int = 1) -> Path:
+    return folder(run_dir, step) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def resume(run_dir: Path, *more, ranks=2, **changes) -> tuple[int, str]:
+    codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks)
+    assert len(set(codes)) == 1, output
+    return codes[0], output
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

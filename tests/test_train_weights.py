@@ -1,0 +1,77 @@
+"""Weights read out of checkpoints, and runs that start from them."""
+
+import json
+
+import pytest
+import torch
+from checkpoint_common import folder, resume
+from corpora import write_bytes_corpus
+from safetensors.torch import save_file
+
+from megagpt.errors import CheckpointError
+from megagpt.train import checkpoint
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, stage):
+    run = tmp_path / "run"
+    assert resume(run, ranks=2, stage=stage, max_steps=2)[0] == 0
+    weights, settings = checkpoint.read_weights(run)
+    assert settings["d_model"] == 32
+    assert weights["wte.weight"].shape == (256, 32)
+    new = tmp_path / "new"
+    code, output = resume(new, "--init_from", run, ranks=2, stage=3 - stage, max_steps=1, lr=1e-30, weight_decay=0)
+    assert code == 0, output
+    copied, _ = checkpoint.read_weights(new)
+    assert copied.keys() == weights.keys()
+    for name in weights:
+        torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
+
+
+def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):
+    run = tmp_path / "run"
+    assert resume(run, ranks=1, stage=0, max_steps=2, precision="bf16")[0] == 0
+    weights, _ = checkpoint.read_weights(run)
+    saved = torch.load(folder(run, 2) / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert weights.keys() == saved.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.bfloat16(), saved[name]), name
+    assert not torch.equal(weights["wte.weight"], saved["wte.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: weights.pop("wpe.weight"), "there is none"),
+        (lambda weights: weights.update({"wpe.weight": torch.zeros(3, 32)}), "there is one of shape (3, 32)"),
+    ],
+    ids=["missing", "misshapen"],
+)
+def test_weights_that_are_not_what_their_file_says_are_refused_on_all_ranks(finished, tmp_path, damage, words):
+    weights, config = checkpoint.read_weights(finished)
+    damage(weights)
+    save_file(weights, tmp_path / "w.safetensors", metadata={"config": json.dumps(config)})
+    code, output = resume(tmp_path / "new", init_from=tmp_path / "w.safetensors", stage=3)
+    assert code == 3, output
+    assert "wpe.weight should have the shape (16, 32) and" in output
+    assert words in output
+    assert output.count("error:") == 1
+    assert "Traceback" not in output
+
+
+def test_weights_do_not_start_a_run_on_text_of_another_tokenizer(run_dir, tmp_path):
+    """Sizes of vocabularies agree more often than their tokens."""
+    write_bytes_corpus(tmp_path / "other", [b"some other text " * 50], tokenizer_sha256="1" * 64)
+    code, output = resume(tmp_path / "new", init_from=run_dir, data=tmp_path / "other", ranks=1)
+    assert code == 2
+    assert f"other was made with another tokenizer than the text that {run_dir} was trained on" in output
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_from_refuses_another_shape_and_an_empty_folder(run_dir, tmp_path):
+    code, output = resume(tmp_path / "new", "--init_from", run_dir, ranks=1, n_layer=2)
+    assert code == 2
+    assert "n_layer 2 (the weights have 1)" in output
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.read_weights(tmp_path)
