@@ -136,6 +136,7 @@ def run_in(workplace, command):
     return output
 
 
+@pytest.mark.timeout(900)  # a dozen commands
 def test_the_readmes_recipes_run_one_after_the_other(workplace):
     prepare, *rest = starting_with("megagpt", "deepspeed", "torchrun", "python")
     run_in(workplace, prepare)
