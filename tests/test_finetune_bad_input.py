@@ -48,6 +48,12 @@ def short_model(home: Path) -> Path:
     return pretrained("post", seq_len=6)
 
 
+def choices(home: Path, *counts: int) -> dict:
+    """Files of questions with so many choices, one after the other."""
+    rows = [json.dumps({"text": "who", "c": ["a man"] * n, "label": 0}) for n in counts]
+    return {"train": table(home, "q.jsonl", *rows), "valid": home / "q.jsonl", "kind": "choose", "choice_column": "c"}
+
+
 def two_texts(home: Path) -> dict:
     rows = [f"some words,other words,{'ab'[i % 2]}" for i in range(20)]
     path = table(home, "pairs.csv", "premise,hypothesis,label", *rows)
@@ -60,6 +66,12 @@ CASES = {
     "task without files": (lambda h: {"train": None, "valid": None, "task": "sst2"}, "--task sst2 needs --task_data"),
     "no validation": (lambda h: {"valid": None}, "--train needs --valid"),
     "unknown kind": (lambda h: {"kind": "clasify"}, "--kind"),
+    "choices of unequal number": (
+        lambda h: {**choices(h, 2, 2, 3), "n_choices": 2},
+        "q.jsonl:3: 3 choices where every example must have 2",
+    ),
+    "one choice": (lambda h: choices(h, 2, 1), "q.jsonl:2: 1 choice where at least 2 are needed"),
+    "number of choices of a class": (lambda h: {"n_choices": 2}, "--n_choices is for your own files of --kind choose"),
     "unknown column": (lambda h: {"text_column": "txt"}, "text"),
     "one text where two are needed": (lambda h: {"kind": "entail"}, "names 1 columns; kind entail has 2"),
     "misspelt second column": (lambda h: {**two_texts(h), "text_column": "premise,hypothesys"}, "hypothesis"),
@@ -143,7 +155,7 @@ def test_text_of_another_task_is_not_resumed(tmp_path):
     assert codes == [2], output
     assert "is of other data" in output
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == "train"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == tmp_path.name
 
 
 def test_pre_training_data_are_no_task(tmp_path, capfd):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megagpt.errors import ConfigError, DataError
 from megagpt.finetune.examples import Example, Split, TaskData
+from megagpt.finetune.inputs import task_name
 from megagpt.finetune.own_data import Columns, load_files, load_inputs
 
 TWO = "text,label\ngood film,pos\nbad film,neg\n"
@@ -61,6 +62,15 @@ def test_quotes_in_a_tsv_are_characters_unless_asked(write):
 def test_columns_of_a_file_without_header_go_by_number(write):
     data = load_files(write("a.tsv", "x\tgood\ny\tbad\n"), {}, columns=Columns("classify", ("1",), ("2",)))
     assert [(e.texts, data.labels[e.label]) for e in data.train.examples] == [(("x",), "good"), (("y",), "bad")]
+
+
+@pytest.mark.parametrize("path", ["tickets.csv", "tickets.v2.tsv.gz", "tickets/train.csv", "a/tickets/Train.jsonl.xz"])
+def test_a_task_is_called_as_its_file_or_as_the_folder_of_a_train_file(path, monkeypatch, tmp_path):
+    assert task_name(path) == "tickets"
+    (tmp_path / "tickets").mkdir()
+    monkeypatch.chdir(tmp_path / "tickets")
+    assert task_name("train.csv") == "tickets"
+    assert task_name("/train.csv") == "train"
 
 
 def test_whole_numbers_as_labels_stand_in_their_order(write):
@@ -177,8 +187,8 @@ def test_a_label_that_train_lacks_is_refused_with_the_nearest(write):
     [
         ({"c": ["l", "r"], "label": 2}, "names none of the 2 choices"),
         ({"c": ["l", "r"], "label": "-1"}, "names none of the 2 choices"),
-        ({"c": ["l"], "label": 0}, "1 choices where 2 are needed"),
-        ({"c": ["l", "m", "r"], "label": 0}, "3 choices where 2 are needed"),
+        ({"c": ["l"], "label": 0}, "1 choice where every example must have 2"),
+        ({"c": ["l", "m", "r"], "label": 0}, "3 choices where every example must have 2"),
         ({"c": "l", "label": 0}, "c is no list"),
     ],
 )

@@ -127,7 +127,8 @@ def choice_label(n_choices: int | None = None) -> Callable[[Draft], int | None]:
     def label(d: Draft) -> int | None:
         n = len(d.choices)
         if n < 2 or n_choices not in (None, n):
-            raise DataError(f"{d.place}: {n} choices where {n_choices or 'at least 2'} are needed; correct the row")
+            needed = "at least 2 are needed" if n_choices is None else f"every example must have {n_choices}"
+            raise DataError(f"{d.place}: {n} choice{'s' * (n != 1)} where {needed}; correct the row")
         if d.label is None:
             return None
         value = d.label.strip()

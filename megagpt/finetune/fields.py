@@ -31,6 +31,7 @@ class FinetuneSettings:
     text_column: str = "text"  # column of the text, or two: premise,hypothesis
     label_column: str = "label"  # column of the label; multilabel: or a column of 0 and 1 for each label, a,b,c
     choice_column: str | None = None  # choose: columns of the choices, a,b,c, or one that holds a JSON list
+    n_choices: int | None = None  # choose: how many choices each example must have; any number by default
     id_column: str | None = None  # column of the examples' names; rows are numbered without one
     quoting: Literal["auto", "standard", "none"] = "auto"  # of tables; auto: fields in quotes in CSV, none in TSV
     label_separator: str = "|"  # multilabel: between labels in one cell
@@ -115,6 +116,8 @@ class FinetuneSettings:
             yield f"--task {self.task} needs --task_data, the folder with its files"
         elif self.train is not None and self.valid is None:
             yield "--train needs --valid, the examples that decide which checkpoint is best"
+        if self.n_choices is not None and (self.task is not None or self.kind != "choose"):
+            yield "--n_choices is for your own files of --kind choose; leave it out"
 
     @property
     def seed_list(self) -> list[int]:
@@ -131,6 +134,7 @@ _RANGES = {
     **dict.fromkeys(("lm_coef", "weight_decay", "eps"), (0.0, _MOST)),
     **dict.fromkeys(("dropout", "head_dropout", "warmup", "betas"), (0.0, 1.0)),
     "dropout_multiplier": (0.0, 2.0),
+    "n_choices": (2, _MOST),
     "n_transfer": (-1, _MOST),
     "distributed_timeout_minutes": (1e-3, _MOST),
 }

@@ -18,6 +18,8 @@ from megagpt.finetune.transforms import N_TASK_TOKENS, TaskTokens, Texts, Transf
 from megagpt.model.config import GPTConfig
 from megagpt.train import manifest
 
+_GENERIC = ("train", "training", "data")  # names of files that say nothing of the task
+
 
 def load_data(settings: FinetuneSettings) -> TaskData:
     """The task that the flags name, limited and changed as they say."""
@@ -48,11 +50,22 @@ def _own_data(settings: FinetuneSettings) -> TaskData:
         {"valid": settings.valid},
         {"test": settings.test} if settings.test else None,
         columns,
-        name=Path(settings.train).name.split(".")[0],
+        name=task_name(settings.train),
         metrics=names(settings.metrics or ""),
+        n_choices=settings.n_choices,
         hierarchy=settings.hierarchy,
         unlabelled=settings.unlabelled,
     )
+
+
+def task_name(train: str) -> str:
+    """What the task of a user's files is called in reports: as the training file, or as its folder if that is train.*
+
+    tickets.csv and tickets/train.csv are both "tickets".
+    """
+    path = Path(train)
+    stem = path.name.split(".")[0]
+    return path.absolute().parent.name or stem if stem.lower() in _GENERIC else stem
 
 
 def names(text: str) -> tuple[str, ...]:
