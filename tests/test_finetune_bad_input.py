@@ -11,6 +11,7 @@ from finetune_common import ds_config, pretrained, write_csv
 from safetensors.torch import load_file, save_file
 
 from megagpt.finetune.main import main
+from megagpt.train.manifest import open_safetensors
 
 
 def arguments(home: Path, **changes) -> list[str]:
@@ -127,35 +128,63 @@ def test_a_mistake_is_one_sentence_with_exit_code_2_and_nothing_is_written(case,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["nothing there", "no model", "fine-tuned already"])
-def test_weights_that_cannot_be_used_are_told_before_anything_is_written(what, tmp_path):
-    source = tmp_path / "x.safetensors"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished fine-tuning run."""
+    home = tmp_path_factory.mktemp("finished")
+    assert finetune(arguments(home, epochs=1))[0] == [0]
+    return home / "run"
+
+
+def no_model(home: Path) -> Path:
+    save_file({"wte.weight": torch.zeros(2, 2)}, home / "x.safetensors")
+    return home / "x.safetensors"
+
+
+def cut_model(home: Path) -> Path:
+    with open_safetensors(pretrained(), framework="pt") as file:
+        about = file.metadata()
+    weights = load_file(pretrained())
+    del weights["blocks.1.attn.qkv.weight"]
+    save_file(weights, home / "x.safetensors", metadata=about)
+    return home / "x.safetensors"
+
+
+WEIGHTS = {
+    "nothing there": (lambda h, run: h / "x.safetensors", "cannot read weights from"),
+    "no run": (lambda h, run: h, "holds no checkpoint"),
+    "no model": (lambda h, run: no_model(h), "does not say which model its weights are of"),
+    "a part": (
+        lambda h, run: cut_model(h),
+        "blocks.1.attn.qkv.weight should have the shape (96, 32) and there",
+    ),
+    "fine-tuned run": (lambda h, run: run, "is fine-tuned already; start from the pre-trained run"),
+    "fine-tuned weights": (lambda h, run: run / "model.safetensors", "is fine-tuned already; start from"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_cannot_be_used_are_told_before_anything_is_written(case, tmp_path, finished, capfd):
+    source, words = WEIGHTS[case]
     (tmp_path / "tokenizer.json").write_bytes((pretrained().parent / "tokenizer.json").read_bytes())
-    if what == "no model":
-        save_file({"wte.weight": torch.zeros(2, 2)}, source)
-    if what == "fine-tuned already":
-        from megagpt.train.manifest import open_safetensors
-
-        with open_safetensors(pretrained(), framework="pt") as file:
-            about = file.metadata()
-        save_file({f"gpt.{name}": x for name, x in load_file(pretrained()).items()}, source, metadata=about)
-    codes, output = finetune(arguments(tmp_path, init_from=source), 2)
-    assert codes == [3, 3], output
-    assert output.count("error:") == 1, output
-    assert "Traceback" not in output
-    assert ("start from the pre-trained run" in output) == (what == "fine-tuned already")
-    assert {path.name for path in tmp_path.glob("run/*")} <= {".lock"}
+    capfd.readouterr()
+    code = main(arguments(tmp_path, init_from=source(tmp_path, finished)))
+    said = capfd.readouterr().err
+    assert code == 3, said
+    assert words in said
+    assert said.count("error:") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
-def test_text_of_another_task_is_not_resumed(tmp_path):
-    first = arguments(tmp_path, epochs=1)
-    assert finetune(first)[0] == [0]
-    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
-    codes, output = finetune(arguments(tmp_path, epochs=1, train=write_csv(tmp_path / "other.csv", 40, 9)))
+def test_text_of_another_task_is_not_resumed(finished):
+    before = sorted(p.name for p in finished.rglob("*"))
+    home = finished.parent
+    codes, output = finetune(arguments(home, epochs=1, train=write_csv(home / "other.csv", 40, 9)))
     assert codes == [2], output
     assert "is of other data" in output
-    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == tmp_path.name
+    assert sorted(p.name for p in finished.rglob("*")) == before
+    assert json.loads((finished / "run.json").read_text())["task"] == home.name
 
 
 def test_pre_training_data_are_no_task(tmp_path, capfd):

@@ -16,7 +16,6 @@ from megagpt.finetune.score import check_metrics, default_metrics
 from megagpt.finetune.spec import TaskSpec
 from megagpt.finetune.transforms import N_TASK_TOKENS, TaskTokens, Texts, Transform, Unit, stream
 from megagpt.model.config import GPTConfig
-from megagpt.train import manifest
 
 _GENERIC = ("train", "training", "data")  # names of files that say nothing of the task
 
@@ -73,14 +72,17 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def read_tokenizer(settings: FinetuneSettings, source: manifest.Source, model: GPTConfig) -> tuple[Path, Tokenizer]:
-    """The pre-trained model's tokenizer and where it is. Raises DataError for another one."""
+def read_tokenizer(settings: FinetuneSettings, sha256: str | None, model: GPTConfig) -> tuple[Path, Tokenizer]:
+    """The pre-trained model's tokenizer, by its SHA-256 where that is known, and where it is.
+
+    Raises DataError for another one.
+    """
     path = find_tokenizer(settings.init_from, settings.tokenizer)
     tokenizer = from_file(path)
-    if source.tokenizer_sha256 and tokenizer.sha256 != source.tokenizer_sha256:
+    if sha256 and tokenizer.sha256 != sha256:
         raise DataError(
             f"{path} is another tokenizer than the one that {settings.init_from} was trained with (SHA-256 "
-            f"{tokenizer.sha256[:12]}... and {source.tokenizer_sha256[:12]}...); give that one: --tokenizer PATH"
+            f"{tokenizer.sha256[:12]}... and {sha256[:12]}...); give that one: --tokenizer PATH"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(

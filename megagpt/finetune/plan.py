@@ -10,7 +10,8 @@ from megagpt import dist
 from megagpt.config import deepspeed as ds
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import CheckpointError, ConfigError
+from megagpt.errors import ConfigError
+from megagpt.finetune import source
 from megagpt.finetune.batches import Encoded, steps_per_epoch
 from megagpt.finetune.examples import TaskData
 from megagpt.finetune.fields import FinetuneSettings
@@ -96,9 +97,8 @@ class FinetunePlan:
     @property
     def n_transfer(self) -> int:
         """Blocks whose weights are the pre-trained ones; -1: nothing is."""
-        if self.settings.from_scratch:
-            return -1
-        return self.model.n_layer if self.settings.n_transfer is None else self.settings.n_transfer
+        n = _n_transfer(self.settings)
+        return self.model.n_layer if n is None else n
 
     @cached_property
     def identity(self) -> dict:
@@ -153,6 +153,11 @@ def drop_short(order: str, head: str) -> bool:
     return order != "grouped" or head == "pooled_mlp"
 
 
+def _n_transfer(settings: FinetuneSettings) -> int | None:
+    """Blocks to take over, None for all; -1: nothing is."""
+    return -1 if settings.from_scratch else settings.n_transfer
+
+
 def make_plan(settings: FinetuneSettings, raw: dict, world: dist.World) -> FinetunePlan:
     """Read and check flags, DeepSpeed file, weights, recipe and task against each other.
 
@@ -160,9 +165,8 @@ def make_plan(settings: FinetuneSettings, raw: dict, world: dist.World) -> Finet
     """
     if settings.resume not in ("auto", "never"):
         manifest.read_source(Path(settings.resume))
-    source = manifest.read_source(Path(settings.init_from))
-    source_model = _source_model(settings, source)
-    tokenizer_path, tokenizer = read_tokenizer(settings, source, source_model)
+    source_model, sha256 = source.read_source(settings.init_from, weights_taken=_n_transfer(settings) != -1)
+    tokenizer_path, tokenizer = read_tokenizer(settings, sha256, source_model)
     recipe = load_recipe(settings.recipe, _choices(settings))
     model = _model(settings, source_model, recipe)
     config = ds.resolve(
@@ -196,24 +200,8 @@ def make_plan(settings: FinetuneSettings, raw: dict, world: dist.World) -> Finet
         phases=phases,
         splits=splits,
         text=text,
-        weights_identity=_weights_identity(settings),
+        weights_identity=source.identity(settings.init_from),
     )
-
-
-def _source_model(settings: FinetuneSettings, source: manifest.Source) -> GPTConfig:
-    try:
-        return GPTConfig.from_dict(source.model)
-    except ConfigError as error:
-        raise CheckpointError(f"{settings.init_from} does not say which model its weights are of: {error}") from None
-
-
-def _weights_identity(settings: FinetuneSettings) -> dict:
-    """Which weights the run starts from: step and manifest of the checkpoint, or the size of the file."""
-    path = Path(settings.init_from)
-    if path.suffix == ".safetensors":
-        return {"file": path.name, "size": path.stat().st_size}
-    folder, _ = manifest.locate(path, problem=lambda _: None)
-    return {"step": manifest.step_of(folder), "manifest": manifest.hash_file(folder, manifest.MANIFEST).sha256}
 
 
 def _choices(settings: FinetuneSettings) -> Choices:

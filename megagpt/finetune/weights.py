@@ -58,10 +58,9 @@ def _take(ours: Tensor, name: str, source: Weights, plan: FinetunePlan) -> None:
     rows = plan.source_model.vocab_size if name == "gpt.wte.weight" else ours.shape[0]
     if theirs is None or theirs.shape != (rows, *ours.shape[1:]):
         found = "none" if theirs is None else f"one of shape {tuple(theirs.shape)}"
-        hint = "; it is fine-tuned already, start from the pre-trained run" if "gpt.wte.weight" in source else ""
         raise CheckpointError(
             f"{plan.settings.init_from} does not hold the weights of the decoder it describes: "
-            f"{name.removeprefix('gpt.')} should have the shape {(rows, *ours.shape[1:])} and there is {found}{hint}"
+            f"{name.removeprefix('gpt.')} should have the shape {(rows, *ours.shape[1:])} and there is {found}"
         )
     ours[:rows] = theirs  # the rows after the vocabulary are the task tokens, which are new
 

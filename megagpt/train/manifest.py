@@ -66,6 +66,7 @@ class Source(NamedTuple):
 
     model: dict  # the settings of their model
     tokenizer_sha256: str | None  # of the text they were trained on, None where that is not known
+    finetuned: bool = False  # whether they are of a decoder with a head
 
 
 def read_source(path: Path) -> Source:
@@ -76,11 +77,12 @@ def read_source(path: Path) -> Source:
     if path.suffix == ".safetensors":
         with open_safetensors(path, framework="np") as file:
             about = file.metadata() or {}
-            return Source(json.loads(about.get("config", "{}")), about.get("tokenizer_sha256"))
+            return Source(json.loads(about.get("config", "{}")), about.get("tokenizer_sha256"), "task" in about)
     for folder in [path] if step_of(path) is not None else folders(root_of(path)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            return Source(state["model"], state["data"].get("tokenizer_sha256"))
+            data = state["data"]
+            return Source(state["model"], data.get("tokenizer_sha256"), "task" in data)
     raise nothing_there(path)
 
 
