@@ -143,8 +143,11 @@ def test_tensors_of_a_micro_batch_by_hand():
     assert batch["lengths"].tolist() == [5, 2, 3, 5]
     assert batch["unit"].tolist() == [0, 0, 1, 2]
     assert batch["owner"].tolist() == [0, 1, 1]
-    assert batch["ids"].flatten()[batch["extract"]].tolist() == [E, E, E]
-    assert batch["extract"].tolist() == [6, 12, 19]
+    assert batch["rows"].tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 15, 16, 17, 18, 19]
+    assert batch["sequence"].tolist() == [0] * 5 + [1] * 2 + [2] * 3 + [3] * 5
+    assert batch["predicting"].tolist() == [0, 1, 2, 3, 5, 7, 8, 10, 11, 12, 13]
+    assert batch["ids"].flatten()[batch["rows"][batch["extract"]]].tolist() == [E, E, E]
+    assert batch["extract"].tolist() == [6, 9, 14]
     assert batch["targets"].tolist() == [0, 1]
     assert batch["example_weights"].tolist() == [0.5, 0]
     assert batch["sequence_weights"].tolist() == [0.25, 0.25, 0, 0]

@@ -240,3 +240,18 @@ def test_a_model_of_another_dtype_stays_in_it(norm, kernels, dtype):
     exact, _ = loss_and_gradients(build("torch", torch.float64, norm=norm, **NO_DROPOUT))
     assert loss.item() == pytest.approx(exact.item(), rel=0.2)
     assert all(gradient.isfinite().all() and gradient.dtype == dtype for gradient in gradients.values())
+
+
+@KERNELS
+@pytest.mark.parametrize("changes", [{"norm": "pre"}, {"norm": "post"}, {"backbone": "lstm", "n_layer": 1}], ids=str)
+def test_real_positions_alone_have_the_states_and_gradients_that_they_have_among_padding(kernels, changes):
+    gpt = build(kernels, **NO_DROPOUT, activation_checkpointing=2, **changes)
+    lengths = torch.tensor([3, 20, 1, 6])
+    ids, _ = batch(4)
+    rows = (torch.arange(20) < lengths[:, None]).flatten().nonzero()[:, 0]
+    among_padding, alone = gpt.hidden(ids).flatten(0, 1)[rows], gpt.hidden(ids, rows)
+    torch.testing.assert_close(alone, among_padding, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(alone)
+    found, expected = (torch.autograd.grad((h * weights).sum(), list(gpt.parameters())) for h in (alone, among_padding))
+    for (name, _), a, b in zip(gpt.named_parameters(), found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

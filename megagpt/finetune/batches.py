@@ -76,22 +76,28 @@ def collate(
     """The tensors of a micro-batch; examples after the first ``n_real`` only fill it up and weigh nothing.
 
     S sequences, U units, B examples, T tokens of the longest sequence:
-    ids (S, T) int64, 0 after a sequence's end; lengths (S,); unit (S,) which unit a sequence is part of; owner (U,)
-    which example a unit is part of; extract (U,) where in the flattened (S T) positions its extract token is; targets
-    (B, ...); example_weights (B,) and sequence_weights (S,) float32.
+    ids (S, T) int64, 0 after a sequence's end; rows (N,) the real ones of the S T positions, one sequence behind the
+    other: the positions that are computed; sequence (N,) which sequence a row is part of; predicting (N - S,) the rows
+    with a next token; lengths (S,); unit (S,) which unit a sequence is part of; owner (U,) which example a unit is part
+    of; extract (U,) the row of its extract token; targets (B, ...); example_weights (B,) and sequence_weights (S,)
+    float32.
     """
     units = [(b, unit) for b, i in enumerate(indices) for unit in encoded.units[i]]
     sequences = [(u, b, ids) for u, (b, unit) in enumerate(units) for ids in unit.sequences]
-    lengths = torch.tensor([len(ids) for _, _, ids in sequences])
-    padded = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
+    lengths = np.array([len(ids) for _, _, ids in sequences])
+    padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
     for row, (_, _, ids) in zip(padded, sequences, strict=True):
         row[: len(ids)] = ids
-    last_row = np.cumsum([len(unit.sequences) for _, unit in units]) - 1
-    extract = last_row * padded.shape[1] + [unit.extract for _, unit in units]
+    ends = np.cumsum(lengths)
+    last = np.cumsum([len(unit.sequences) for _, unit in units]) - 1
+    extract = (ends - lengths)[last] + [unit.extract for _, unit in units]
     real = torch.arange(len(indices)) < n_real
     batch = {
         "ids": torch.from_numpy(padded),
-        "lengths": lengths,
+        "rows": torch.from_numpy(np.flatnonzero(np.arange(padded.shape[1]) < lengths[:, None])),
+        "sequence": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        "predicting": torch.from_numpy(np.delete(np.arange(ends[-1]), ends - 1)),
+        "lengths": torch.from_numpy(lengths),
         "unit": torch.tensor([u for u, _, _ in sequences]),
         "owner": torch.tensor([b for b, _ in units]),
         "extract": torch.from_numpy(extract),

@@ -49,8 +49,8 @@ class LinearHead(nn.Module):
     def features(self, hidden: Tensor | list[Tensor], batch: dict[str, Tensor]) -> Tensor:
         """(U, D)"""
         if self.mix is not None:
-            return self.mix([h.flatten(0, 1)[batch["extract"]] for h in hidden])
-        return hidden.flatten(0, 1)[batch["extract"]]
+            return self.mix([h[batch["extract"]] for h in hidden])
+        return hidden[batch["extract"]]
 
     def forward(self, features: Tensor, owner: Tensor | None) -> Tensor:
         """Logits of features (..., D). With ``owner``, those of one example are dropped alike."""
@@ -84,18 +84,14 @@ class PooledMLP(nn.Module):
         self.output = Linear(_HIDDEN, n_outputs, init.STD, ops)
 
     def features(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(U, 3 D); max and mean over the real tokens of all windows of a unit."""
-        lengths, unit, U = batch["lengths"], batch["unit"], len(batch["owner"])
-        real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        tops = hidden.masked_fill(~real[..., None], -torch.inf).amax(1)
-        sums = (hidden * real[..., None]).sum(1)
-        last = hidden.flatten(0, 1)[batch["extract"]]
-        if len(unit) > U:
-            top = torch.full_like(last, -torch.inf)
-            tops = top.scatter_reduce(0, unit[:, None].expand_as(tops), tops, "amax")
-            sums = torch.zeros_like(last).index_add(0, unit, sums)
-            lengths = torch.zeros_like(batch["owner"]).index_add(0, unit, lengths)
-        return torch.cat([last, tops, sums / lengths[:, None].to(sums.dtype)], 1)
+        """(U, 3 D) of hidden (N, D); max and mean over the tokens of all windows of a unit."""
+        unit, last = batch["unit"], hidden[batch["extract"]]
+        unit_of_row = unit[batch["sequence"]]
+        top = torch.full_like(last, -torch.inf)
+        top = top.scatter_reduce(0, unit_of_row[:, None].expand_as(hidden), hidden, "amax")
+        total = torch.zeros_like(last).index_add(0, unit_of_row, hidden)
+        count = torch.zeros_like(batch["owner"]).index_add(0, unit, batch["lengths"])
+        return torch.cat([last, top, total / count[:, None].to(total.dtype)], 1)
 
     def forward(self, features: Tensor, owner: Tensor | None) -> Tensor:
         """Logits of features (N, 3 D). With ``owner``, those of one example are dropped alike."""

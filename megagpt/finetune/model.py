@@ -37,29 +37,28 @@ class Classifier(nn.Module):
     def forward(self, **batch: Tensor) -> Tensor:
         """This micro-batch's part of the loss: the sum over examples and sequences of loss times weight."""
         if self.objective == LM:
-            return self._language_model(*self.gpt.hidden_and_words(batch["ids"]), batch)
+            return self._language_model(*self.gpt.hidden_and_words(batch["ids"], batch["rows"]), batch)
         if not self.lm_coef:
-            return self._task(self._hidden(batch["ids"]), batch)
+            return self._task(self._hidden(batch), batch)
         if self.spec.head == "scalar_mix":
             raise AssertionError("scalar_mix is trained without the auxiliary language model")
-        hidden, words = self.gpt.hidden_and_words(batch["ids"])
+        hidden, words = self.gpt.hidden_and_words(batch["ids"], batch["rows"])
         return self._task(hidden, batch) + self.lm_coef * self._language_model(hidden, words, batch)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, K) in the model's type; -inf for a choice that an example does not have."""
-        return self._logits(self._hidden(batch["ids"]), batch)
+        return self._logits(self._hidden(batch), batch)
 
-    def _hidden(self, ids: Tensor) -> Tensor | list[Tensor]:
-        return self.gpt.layers(ids) if self.spec.head == "scalar_mix" else self.gpt.hidden(ids)
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor | list[Tensor]:
+        states = self.gpt.layers if self.spec.head == "scalar_mix" else self.gpt.hidden
+        return states(batch["ids"], batch["rows"])
 
     def _task(self, hidden: Tensor | list[Tensor], batch: dict[str, Tensor]) -> Tensor:
         losses = objective.task_losses(self.spec.kind, self._logits(hidden, batch), batch["targets"], self.spec.parents)
         return losses @ batch["example_weights"].to(losses.dtype)
 
     def _language_model(self, hidden: Tensor, words: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return objective.language_model_loss(
-            self.gpt.ops, hidden, words, batch["ids"], batch["lengths"], batch["sequence_weights"]
-        )
+        return objective.language_model_loss(self.gpt.ops, hidden, words, batch)
 
     def _logits(self, hidden: Tensor | list[Tensor], batch: dict[str, Tensor]) -> Tensor:
         features, owner = self.head.features(hidden, batch), batch["owner"]

@@ -54,14 +54,14 @@ def outputs(kind: str, logits: Tensor, *, ordinal: bool = False, parents: tuple[
     return probabilities
 
 
-def language_model_loss(ops, hidden: Tensor, words: Tensor, ids: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
-    """Sum over sequences of ``weights`` (S,) times the mean loss of their tokens after the first.
+def language_model_loss(ops, hidden: Tensor, words: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Sum over sequences of their weight times the mean loss of their tokens after the first.
 
-    hidden (S, T, D), words (V, D), ids (S, T) int64 of which the first ``lengths`` (S,) are real.
+    hidden (N, D), words (V, D), and a batch as of :func:`megagpt.finetune.batches.collate`.
     """
-    predicted = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]  # (S, T - 1)
-    row_weights = (weights / (lengths - 1).clamp(min=1))[:, None].expand_as(predicted)[predicted]
-    targets = ids[:, 1:][predicted]
-    if not len(targets):
+    predicting = batch["predicting"]
+    if not len(predicting):
         return hidden.sum() * 0.0
-    return ops.weighted_cross_entropy(hidden[:, :-1][predicted], words, targets, row_weights)
+    weights = batch["sequence_weights"] / (batch["lengths"] - 1).clamp(min=1)
+    targets = batch["ids"].flatten()[batch["rows"][predicting] + 1]
+    return ops.weighted_cross_entropy(hidden[predicting], words, targets, weights[batch["sequence"][predicting]])

@@ -76,4 +76,5 @@ def _optimizer(groups: list[dict], plan: FinetunePlan, device: torch.device) -> 
 def padding_line(batches: TaskBatches) -> str:
     """How much of the first epoch is padding, were a global batch computed at once."""
     share = padding_share(batches._longest, batches.epoch(0))
-    return f"{batches.steps_per_epoch} updates an epoch; padding is {share:.1%} of the first one"
+    steps = batches.steps_per_epoch
+    return f"{steps} updates an epoch; padding is {share:.1%} of the first one, and attention alone computes it"

@@ -4,11 +4,32 @@ Parameters are used only inside the forward of the module that owns them, where 
 are embeddings, which ``GPT`` reads as tables: the token embedding is also the output projection.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from megagpt.model import init
 from megagpt.model.config import GPTConfig
 from megagpt.ops import Ops
+
+
+class Ragged(NamedTuple):
+    """Where N real tokens stand in B sequences that are filled up to T positions: ``rows`` (N,) of the B T.
+
+    All that treats positions alike computes the real ones only; what mixes them spreads them out and gathers again.
+    """
+
+    rows: Tensor
+    shape: tuple[int, int]  # B, T
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(B, T, D) with zeros in the gaps, of x (N, D)."""
+        B, T = self.shape
+        return x.new_zeros(B * T, x.shape[1]).index_copy(0, self.rows, x).view(B, T, -1)
+
+    def gather(self, y: Tensor) -> Tensor:
+        """(N, D) of y (B, T, D)."""
+        return y.flatten(0, 1).index_select(0, self.rows)
 
 
 class Linear(nn.Linear):
@@ -69,11 +90,14 @@ class CausalSelfAttention(nn.Module):
         self.proj = Linear(config.d_model, config.d_model, init.residual_std(config), ops)
         self.packed_attention = ops.packed_attention
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head)
+    def forward(self, x: Tensor, seed: Tensor | None, ragged: Ragged | None = None) -> Tensor:
+        """x (B, T, D), or (N, D) with ``ragged``; the result is shaped alike."""
+        qkv = self.qkv(x) if ragged is None else ragged.spread(self.qkv(x))
+        B, T, D = *qkv.shape[:2], x.shape[-1]
+        qkv = qkv.view(B, T, 3, self.n_head, D // self.n_head)
         y = self.packed_attention(qkv, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
-        return self.proj(y.reshape(B, T, D))
+        y = y.reshape(B, T, D)
+        return self.proj(y if ragged is None else ragged.gather(y))
 
 
 class MLP(nn.Module):
@@ -103,10 +127,10 @@ class PreNormBlock(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, branch: Tensor, residual: Tensor | None, seeds: tuple[Tensor | None, ...]
+        self, branch: Tensor, residual: Tensor | None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None
     ) -> tuple[Tensor, Tensor]:
         normed, x = self.ln_1(branch, residual, seeds[0])
-        normed, x = self.ln_2(self.attn(normed, seeds[1]), x, seeds[2])
+        normed, x = self.ln_2(self.attn(normed, seeds[1], ragged), x, seeds[2])
         return self.mlp(normed), x
 
 
@@ -120,6 +144,8 @@ class PostNormBlock(nn.Module):
         self.mlp = MLP(config, ops)
         self.ln_2 = AddLayerNorm(config, ops, prenorm=False)
 
-    def forward(self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...]) -> tuple[Tensor, None]:
-        x = self.ln_1(self.attn(x, seeds[1]), x, seeds[2])
+    def forward(
+        self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None
+    ) -> tuple[Tensor, None]:
+        x = self.ln_1(self.attn(x, seeds[1], ragged), x, seeds[2])
         return self.ln_2(self.mlp(x), x, seeds[0]), None

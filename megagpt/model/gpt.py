@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megagpt.model.blocks import AddLayerNorm, Embedding, PostNormBlock, PreNormBlock
+from megagpt.model.blocks import AddLayerNorm, Embedding, PostNormBlock, PreNormBlock, Ragged
 from megagpt.model.config import GPTConfig
 from megagpt.model.lstm import RecurrentBlock
 from megagpt.ops import Ops
@@ -14,7 +14,12 @@ _BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock, "lstm": RecurrentBlock}
 
 
 class GPT(nn.Module):
-    """B batch, T positions, D width, V vocabulary."""
+    """B batch, T positions, D width, V vocabulary.
+
+    Sequences of unequal length are filled up to T; ``rows`` (N,) int64 then names the real ones of the B T positions,
+    in order, and states are computed and returned for those alone: (N, D) in the place of (B, T, D). What fills a
+    sequence up stands at its end.
+    """
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
@@ -33,22 +38,23 @@ class GPT(nn.Module):
             return self.ops.linear(hidden, words)
         return self.ops.linear_cross_entropy(hidden.flatten(0, 1), words, targets.flatten())
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
         """What the output projection reads: (B, T, D) for ids (B, T) int64, T up to ``config.seq_len``."""
-        return self._hidden(ids, self._seeds(ids.device))
+        return self._hidden(ids, rows, self._seeds(ids.device))
 
-    def hidden_and_words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_and_words(self, ids: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`hidden` and the output projection's weight (V, D), with the same dropout on the table in both."""
         seeds = self._seeds(ids.device)
-        return self._hidden(ids, seeds), self._table(self.wte, seeds[0])
+        return self._hidden(ids, rows, seeds), self._table(self.wte, seeds[0])
 
-    def layers(self, ids: Tensor) -> list[Tensor]:
+    def layers(self, ids: Tensor, rows: Tensor | None = None) -> list[Tensor]:
         """The embeddings and the output of every block, L + 1 times (B, T, D); the last one as :meth:`hidden`."""
         seeds = self._seeds(ids.device)
-        x, residual = self._embed(ids, *seeds[:2]), None
+        ragged = None if rows is None else Ragged(rows, ids.shape)
+        x, residual = self._embed(ids, ragged, *seeds[:2]), None
         found = [x]
         for i, block in enumerate(self.blocks):
-            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i])
+            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i], ragged)
             found.append(x if residual is None else x + residual)
         if self.ln_f is not None:
             found[-1] = self.ln_f(x, residual, seeds[-1])
@@ -58,15 +64,18 @@ class GPT(nn.Module):
         """Logits (B, V) of what follows ids (B, T), in evaluation mode."""
         return self.ops.linear(self.hidden(ids)[:, -1], self.wte.weight)
 
-    def _hidden(self, ids: Tensor, seeds: tuple[Tensor | None, ...]) -> Tensor:
-        x, residual = self._embed(ids, *seeds[:2]), None
+    def _hidden(self, ids: Tensor, rows: Tensor | None, seeds: tuple[Tensor | None, ...]) -> Tensor:
+        ragged = None if rows is None else Ragged(rows, ids.shape)
+        x, residual = self._embed(ids, ragged, *seeds[:2]), None
         for i, block in enumerate(self.blocks):
-            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i])
+            x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i], ragged)
         return x if self.ln_f is None else self.ln_f(x, residual, seeds[-1])
 
-    def _embed(self, ids: Tensor, seed: Tensor | None, position_seed: Tensor | None) -> Tensor:
+    def _embed(self, ids: Tensor, ragged: Ragged | None, seed: Tensor | None, position_seed: Tensor | None) -> Tensor:
         """Token plus position embeddings (B, T, D), of tokens alone where there is no position table."""
         positions = torch.arange(ids.shape[1], device=ids.device)
+        if ragged is not None:
+            ids, positions = ids.flatten()[ragged.rows], ragged.rows % ids.shape[1]
         if self._drops_tables:
             words = F.embedding(ids, self._table(self.wte, seed))
             return words if self.wpe is None else words + F.embedding(positions, self._table(self.wpe, position_seed))
@@ -83,11 +92,11 @@ class GPT(nn.Module):
             return self.ops.dropout(embedding.weight, p=self.config.embd_dropout, seed=seed)
         return embedding.weight
 
-    def _run(self, i, block, x, residual, seeds):
+    def _run(self, i, block, x, residual, seeds, ragged):
         every = self.config.activation_checkpointing
         if every and i % every == 0 and torch.is_grad_enabled():
-            return checkpoint(block, x, residual, seeds, use_reentrant=False, preserve_rng_state=False)
-        return block(x, residual, seeds)
+            return checkpoint(block, x, residual, seeds, ragged, use_reentrant=False, preserve_rng_state=False)
+        return block(x, residual, seeds, ragged)
 
     def _seeds(self, device) -> tuple[Tensor | None, ...]:
         """One for each dropout of a forward pass: two tables or their sum, three a block, the last residual sum."""

@@ -8,7 +8,7 @@ from its units back to D stands before the tied softmax and the heads. Order is 
 from torch import Tensor, nn
 
 from megagpt.model import init
-from megagpt.model.blocks import Linear
+from megagpt.model.blocks import Linear, Ragged
 from megagpt.model.config import GPTConfig
 from megagpt.ops import Ops
 
@@ -34,7 +34,9 @@ class RecurrentBlock(nn.Module):
         self.rnn = LSTM(config.d_model, config.d_ff, batch_first=True)
         self.proj = Linear(config.d_ff, config.d_model, init.STD, ops)
 
-    def forward(self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...]) -> tuple[Tensor, None]:
-        states, _ = self.rnn(x)
-        y = self.proj(states)
+    def forward(
+        self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None
+    ) -> tuple[Tensor, None]:
+        states, _ = self.rnn(x if ragged is None else ragged.spread(x))
+        y = self.proj(states if ragged is None else ragged.gather(states))
         return (y if seeds[2] is None else self.dropout(y, p=self.dropout_p, seed=seeds[2])), None
