@@ -40,6 +40,12 @@ class StorageError(MegaGPTError):
     exit_code = 7
 
 
+class Stopped(MegaGPTError):
+    """No error: the run was asked to stop, has saved and can go on; its last line has been said."""
+
+    exit_code = 75
+
+
 def nearest(name: str, known) -> str:
     """`` (did you mean 'x'?)`` when ``known`` has a name close to ``name``, else an empty string."""
     import difflib

@@ -4,40 +4,18 @@ Processes are forked from a server that has torch and DeepSpeed imported, so tha
 """
 
 import contextlib
-import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "megagpt.train.run"])
+from fork_server import context as _context
+from fork_server import finetune_main, free_port, rank_env, train_main
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def rank_env(rank: int, world_size: int, port: int, folder: str) -> dict[str, str]:
-    """The variables torchrun sets, one thread a rank, and nothing shared with other jobs."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": f"{folder}/torch_extensions",
-    }
+__all__ = ["RankFailed", "finetune", "free_port", "rank_env", "run_ranks", "train"]
 
 
 def _child(pipe, fn, args, env, log):
@@ -104,23 +82,11 @@ def _collect(jobs, deadline):
 
 def train(argv: list[str], ranks: int = 1, *, timeout: float = 180, env: dict | None = None) -> tuple[list[int], str]:
     """``train.py`` with ``argv`` on ``ranks`` processes: their exit codes and all that they printed, rank by rank."""
-    results = run_ranks(_train, ranks, [str(a) for a in argv], timeout=timeout, env=env)
+    results = run_ranks(train_main, ranks, [str(a) for a in argv], timeout=timeout, env=env)
     return [code for code, _ in results], "".join(output for _, output in results)
-
-
-def _train(argv):
-    from megagpt.train.main import main
-
-    return main(argv)
 
 
 def finetune(argv: list, ranks: int = 1, *, timeout: float = 180, env: dict | None = None) -> tuple[list[int], str]:
     """``finetune.py`` with ``argv``, as :func:`train` runs ``train.py``."""
-    results = run_ranks(_finetune, ranks, [str(a) for a in argv], timeout=timeout, env=env)
+    results = run_ranks(finetune_main, ranks, [str(a) for a in argv], timeout=timeout, env=env)
     return [code for code, _ in results], "".join(output for _, output in results)
-
-
-def _finetune(argv):
-    from megagpt.finetune.main import main
-
-    return main(argv)

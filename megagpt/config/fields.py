@@ -5,6 +5,7 @@ A number left at None is decided by that file or by the model's preset.
 """
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,6 +77,8 @@ class TrainSettings:
     seed: int = 1234  # of initialisation, data order and dropout
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
+    exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
+    exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
 
     def __post_init__(self) -> None:
         problems = [*self._number_problems(), *self._text_problems()]
@@ -103,6 +106,8 @@ class TrainSettings:
                 yield f"--{name} is empty"
         if self.resume.endswith(".safetensors"):
             yield f"--resume {self.resume} has weights and no state to go on from; --init_from starts a new run from it"
+        if self.exit_signal is not None and stop_signal(self.exit_signal) is None:
+            yield f"--exit_signal {self.exit_signal[:40]} is no signal to stop on; give USR2, HUP or another one"
         for check in (self.blend, self.valid_sets):
             try:
                 check()
@@ -145,8 +150,19 @@ _RANGES = {  # (lowest, highest, whether the lowest itself is out)
     "activation_checkpointing": (0, _MOST, False),
     "betas": (0.0, _BELOW_ONE, False),
     **dict.fromkeys(("lr", "eps", "epochs", "distributed_timeout_minutes"), (0.0, 1e18, True)),
+    "exit_duration_in_mins": (0.0, 1e18, True),
     **dict.fromkeys(("min_lr", "weight_decay"), (0.0, 1e18, False)),
 }
+
+
+def stop_signal(name: str) -> signal.Signals | None:
+    """The signal ``name``, with SIG or without, on which a run is to stop; None where it cannot stop on that."""
+    word = name.upper().removeprefix("SIG")
+    return signal.Signals.__members__.get(f"SIG{word}") if word in _STOP_SIGNALS else None
+
+
+# No process can catch KILL and STOP, Ctrl-C stops without saving, and the others tell of a fault in the program.
+_STOP_SIGNALS = ("USR1", "USR2", "TERM", "HUP", "ALRM", "VTALRM", "PROF", "XCPU", "URG", "IO", "WINCH", "PWR", "QUIT")
 
 
 def _weight(word: str) -> float | None:

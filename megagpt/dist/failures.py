@@ -12,7 +12,7 @@ from typing import TypeVar
 from megagpt import errors
 from megagpt.dist.gather import gather_json
 from megagpt.dist.world import is_main
-from megagpt.errors import MegaGPTError
+from megagpt.errors import MegaGPTError, Stopped
 
 Result = TypeVar("Result")
 
@@ -32,6 +32,8 @@ def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) 
     with _presence(env) as leader_is_gone:
         try:
             return fn() or 0
+        except Stopped as stop:
+            return stop.exit_code
         except MegaGPTError as error:
             _show(error, env, leader_is_gone)
             return error.exit_code

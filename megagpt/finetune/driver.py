@@ -26,6 +26,7 @@ from megagpt.train.batches import BatchPlan
 from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
 from megagpt.train.seeds import seed_all
+from megagpt.train.stopping import StopRequests
 
 
 def start(plan: FinetunePlan, world: dist.World) -> torch.device:
@@ -41,15 +42,17 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
     return device
 
 
-def finetune(plan: FinetunePlan, world: dist.World, device: torch.device) -> None:
-    """Run to the end; raises a MegaGPTError for whatever the user can mend."""
+def finetune(plan: FinetunePlan, world: dist.World, device: torch.device, stop: StopRequests | None = None) -> None:
+    """Run to the end; raises a MegaGPTError for whatever the user can mend, and Stopped where ``stop`` asks for it."""
+    stop = stop or StopRequests()
     with folder.locked(plan.run_dir):
+        stop.watch(plan.run_dir, plan.settings)
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
         source, notes = resume.checkpoint_to_resume(plan)
         ops, choice = kernels.settle(plan, device, resumed=source is not None)
         description = {**plan.describe(), "kernels": kernels.describe(ops, choice)}
-        run = Run(plan, world, device, ops, description, source, needed, notes)
+        run = Run(plan, world, device, ops, description, source, needed, notes, stop)
         try:
             run.run()
         finally:
@@ -68,6 +71,7 @@ class Run:
     source: Path | None  # the checkpoint that the run goes on from, until it is loaded
     checkpoint_bytes: int
     notes: list[str]
+    stop: StopRequests
     log: RunLog | None = None
     state: checkpoint.TrainState = field(default_factory=checkpoint.TrainState)
     begun: float = field(default_factory=time.time)
@@ -177,6 +181,7 @@ class Run:
             badness=self._badness,
             on_best=lambda: self._save_best(engine, held),
             before_save=lambda: weights.average_buffers(engine.module),
+            stop=self.stop,
         )
 
     def _peak_flops(self) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megagpt.config.fields import ALIASES
+from megagpt.config.fields import ALIASES, stop_signal
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError
 
@@ -84,6 +84,8 @@ class FinetuneSettings:
     kernels: Literal["auto", "torch", "cpu", "triton"] = "auto"  # which operations; auto: the fastest that serve here
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0 none, 1 all
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
+    exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
+    exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
     preview: bool = False  # show phases, groups, rates and the schedule, and train nothing
 
     def __post_init__(self) -> None:
@@ -110,6 +112,8 @@ class FinetuneSettings:
         for name in ("ds_config", "init_from", "run_dir", "resume"):
             if not getattr(self, name).strip():
                 yield f"--{name} is empty"
+        if self.exit_signal is not None and stop_signal(self.exit_signal) is None:
+            yield f"--exit_signal {self.exit_signal[:40]} is no signal to stop on; give USR2, HUP or another one"
         if (self.task is None) == (self.train is None):
             yield "give either --task NAME with --task_data FOLDER, or --train FILE with --valid FILE"
         elif self.task is not None and self.task_data is None:
@@ -136,7 +140,7 @@ _RANGES = {
     "dropout_multiplier": (0.0, 2.0),
     "n_choices": (2, _MOST),
     "n_transfer": (-1, _MOST),
-    "distributed_timeout_minutes": (1e-3, _MOST),
+    **dict.fromkeys(("distributed_timeout_minutes", "exit_duration_in_mins"), (1e-3, _MOST)),
 }
 
 

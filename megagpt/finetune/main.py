@@ -4,14 +4,17 @@ import os
 from dataclasses import replace
 
 from megagpt import dist
+from megagpt.errors import Stopped
+from megagpt.train.stopping import StopRequests, listening
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``finetune.py``; the process's exit code."""
-    return dist.run_main(lambda: _main(argv))
+    with listening() as stop:
+        return dist.run_main(lambda: _main(argv, stop))
 
 
-def _main(argv: list[str] | None) -> None:
+def _main(argv: list[str] | None, stop: StopRequests) -> None:
     from megagpt.config import deepspeed
     from megagpt.finetune.fields import parse
 
@@ -38,8 +41,12 @@ def _main(argv: list[str] | None) -> None:
     from megagpt.train.engine import stop_distributed
 
     device = driver.start(plan, world)
-    driver.finetune(plan, world, device)
-    for run in runs[1:]:
-        driver.finetune(make_plan(run, raw, world), world, device)
+    try:
+        driver.finetune(plan, world, device, stop)
+        for run in runs[1:]:
+            driver.finetune(make_plan(run, raw, world), world, device, stop)
+    except Stopped:  # on all ranks
+        stop_distributed()
+        raise
     # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
     stop_distributed()

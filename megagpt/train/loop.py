@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megagpt import dist
-from megagpt.errors import NumericError, StorageError
+from megagpt.errors import NumericError, Stopped, StorageError
 from megagpt.train import checkpoint, manifest
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import MicroBatches
 from megagpt.train.schedule import Schedule
+from megagpt.train.stopping import NOTHING, STOP, StopRequests
 
 _MAX_SKIPPED = 10  # updates without a finite gradient in a row after which a run stops
 _MAX_FAILED_SAVES = 3  # periodic saves that may fail in a row
@@ -77,6 +78,7 @@ class Loop:
         badness: Callable[[dict[str, dict]], float] = mean_loss,
         on_best: Callable[[], None] = lambda: None,
         before_save: Callable[[], None] = lambda: None,
+        stop: StopRequests | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -97,15 +99,18 @@ class Loop:
         self.badness = badness
         self.on_best = on_best
         self.before_save = before_save
+        self.stop = stop or StopRequests()
         self.last_valid: dict[str, dict] = {}
         # Resuming found these damaged, or it would have gone on from one of them.
         self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
         self._failed_saves = 0
         self._skipped_in_a_row = 0
+        self._saved_step = state.step  # the checkpoint that the run goes on from, or there is nothing yet to save
+        self._evaluation_seconds = 0.0
         self._mark_time()
 
     def run(self) -> None:
-        """Train to the end. Raises NumericError, StorageError, or whatever broke; saved work stays saved."""
+        """Train to the end. Raises NumericError, StorageError, Stopped, or whatever broke; saved work stays saved."""
         self.engine.train()
         try:
             while self.state.step < self.intervals.total:
@@ -116,8 +121,24 @@ class Loop:
             raise
 
     def advance(self) -> None:
-        """One optimiser step, and what is due after it."""
+        """One optimiser step, and what is due after it. Raises Stopped, with everything saved, when asked to stop."""
+        self._heed_requests()
         self._after_step(self._step())
+
+    def _heed_requests(self) -> None:
+        soon = (
+            self._evaluation_seconds if due(self.state.step + 1 - self.intervals.first, self.intervals.evaluate) else 0
+        )
+        level = self.stop.agree(self.engine.device, checkpoint_bytes=self.checkpoint_bytes, soon=soon)
+        if level == NOTHING:
+            return
+        if self.state.step > self._saved_step:
+            self._save(final=level == STOP, evaluated=False)
+        if level == STOP:
+            self.log.message(
+                f"stopped after step {self.state.step} ({self.stop.reason}); the same command goes on from there"
+            )
+            raise Stopped(self.stop.reason)
 
     # one optimiser step -----------------------------------------------------------------------------------------
 
@@ -205,7 +226,9 @@ class Loop:
 
     def run_evaluation(self) -> bool:
         """Evaluate and log; False when there is no validation set."""
+        begun = time.perf_counter()
         results = self.evaluate()
+        self._evaluation_seconds = max(self._evaluation_seconds, time.perf_counter() - begun)
         for name, record in results.items():
             self.log.valid(name, record, self.state.step)
         self.last_valid = results
@@ -238,6 +261,8 @@ class Loop:
             self._mark_time()
             return
         self._failed_saves = 0
+        self._saved_step = self.state.step
+        self.stop.saved(time.perf_counter() - begun)
         self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
         self._passed_over.discard(self.state.step)  # there is a good one now
         if dist.is_main():

@@ -7,14 +7,16 @@ seconds.
 import os
 
 from megagpt import dist
+from megagpt.train.stopping import StopRequests, listening
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``train.py``; the process's exit code."""
-    return dist.run_main(lambda: _main(argv))
+    with listening() as stop:
+        return dist.run_main(lambda: _main(argv, stop))
 
 
-def _main(argv: list[str] | None) -> None:
+def _main(argv: list[str] | None, stop: StopRequests) -> None:
     from megagpt.config import deepspeed
     from megagpt.config.fields import parse
     from megagpt.train.plan import make_plan
@@ -25,4 +27,4 @@ def _main(argv: list[str] | None) -> None:
 
     from megagpt.train.run import train
 
-    train(plan, world)
+    train(plan, world, stop)

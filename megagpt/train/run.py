@@ -9,7 +9,7 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, Stopped
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import Ops
@@ -21,10 +21,12 @@ from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
 from megagpt.train.plan import Plan
 from megagpt.train.seeds import seed_all
+from megagpt.train.stopping import StopRequests
 
 
-def train(plan: Plan, world: dist.World) -> None:
-    """Run to the end; raises a MegaGPTError for whatever the user can mend."""
+def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> None:
+    """Run to the end; raises a MegaGPTError for whatever the user can mend, and Stopped where ``stop`` asks for it."""
+    stop = stop or StopRequests()
     begun = time.time()
     device = deepspeed_engine.device_of(world)
     _check_machine(plan, device)
@@ -33,7 +35,12 @@ def train(plan: Plan, world: dist.World) -> None:
     with folder.locked(plan.run_dir):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
-        _train(plan, world, device, begun)
+        stop.watch(plan.run_dir, plan.settings)
+        try:
+            _train(plan, world, device, begun, stop)
+        except Stopped:  # on all ranks
+            deepspeed_engine.stop_distributed()
+            raise
     # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
     deepspeed_engine.stop_distributed()
 
@@ -47,8 +54,8 @@ def _check_machine(plan: Plan, device: torch.device) -> None:
     kernels.load(plan, device)
 
 
-def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) -> None:
-    with opened(plan, world, device) as loop:
+def _train(plan: Plan, world: dist.World, device: torch.device, begun: float, stop: StopRequests) -> None:
+    with opened(plan, world, device, stop) as loop:
         if loop.state.step == 0:
             loop.run_evaluation()
         loop.run()
@@ -57,7 +64,7 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float) ->
 
 
 @contextmanager
-def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop]:
+def opened(plan: Plan, world: dist.World, device: torch.device, stop: StopRequests | None = None) -> Iterator[Loop]:
     """The loop of a run, ready for its next step: model, engine and log are made, a checkpoint is loaded.
 
     The process group has been started; the run folder is locked where other jobs could want it.
@@ -96,7 +103,7 @@ def opened(plan: Plan, world: dist.World, device: torch.device) -> Iterator[Loop
             *_where_curves_are(config.config["tensorboard"]),
         ]:
             log.message(line)
-        loop = _loop(engine, plan, batch, state, device, log)
+        loop = _loop(engine, plan, batch, state, device, log, stop or StopRequests())
         try:
             yield loop
         finally:
@@ -125,7 +132,7 @@ def _open_log(plan: Plan, description: dict, engine, start_step: int, world: dis
     )
 
 
-def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log: RunLog) -> Loop:
+def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log: RunLog, stop) -> Loop:
     settings = plan.settings
     peak = None
     if device.type == "cuda":
@@ -152,6 +159,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         tokens_of=lambda _: batch.global_batch * plan.model.seq_len,
         flops_per_token=plan.model.flops_per_token(),
         peak_flops=peak,
+        stop=stop,
     )
 
 
