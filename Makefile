@@ -9,12 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
 	@echo "make quickstart-finetune   the same model fine-tuned: which package does a docstring belong to?"
 	@echo "make test         install and run the tests"
+	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
 	@echo "make lint         check style"
 	@echo "make bench        measure data preparation, training and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
@@ -41,6 +42,10 @@ quickstart-finetune: install
 
 test: install
 	$(BIN)/python -m pytest
+
+slurm-test: install
+	.ci/install-slurm
+	$(BIN)/python -m pytest tests/test_slurm_*.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

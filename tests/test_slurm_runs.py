@@ -1,0 +1,117 @@
+"""The batch scripts on a real Slurm of two nodes: what a user types, and what becomes of it when things go wrong."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from corpora import tiny_corpus
+
+ROOT = Path(__file__).parent.parent
+NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+STEPS = 120
+SAVE_EVERY = 10
+
+MISSING = slurm_cluster.missing()
+
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"this machine lacks {', '.join(MISSING)}; .ci/install-slurm"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm_cluster.Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+    }
+    (folder / "zero2.json").write_text(json.dumps(config))
+    return folder
+
+
+def arguments(folder: Path, run_dir: Path, *more) -> list:
+    shape = ["--model", "tiny", "--n_layer", 1, "--d_model", 32, "--n_head", 2, "--seq_len", 32, "--dropout", 0.1]
+    often = ["--log_interval", 1, "--save_interval", SAVE_EVERY, "--max_steps", STEPS]
+    config = ["--ds_config", folder / "zero2.json"]
+    return [*shape, *often, *config, "--data", tiny_corpus(), "--run_dir", run_dir, *more]
+
+
+def submit(cluster, folder, script, *words, flags=(), **env) -> str:
+    """``sbatch slurm/SCRIPT``, submitted from the repository as its user would."""
+    output = f"--output={folder}/%x-%A-%a.out" if "--array" in str(flags) else f"--output={folder}/%x-%j.out"
+    variables = {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}
+    return cluster.sbatch(*NODES, output, *flags, f"slurm/{script}", *words, cwd=ROOT, **variables)
+
+
+def curve(run_dir: Path) -> list[tuple]:
+    """Step, loss and norm of the gradient of every logged step."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def last_step(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def reach(cluster, job: str, run_dir: Path, step: int) -> None:
+    cluster.until(lambda: last_step(run_dir) >= step, 90, f"step {step}", lambda: cluster.output(job))
+
+
+def restart(cluster, job: str, restarts: int) -> None:
+    """Wait until the job is back in the queue, and spare it the two minutes that Slurm lets it wait there."""
+
+    def requeued() -> bool:
+        found = cluster.job(job)
+        return found["Restarts"] == str(restarts) and found["JobState"] == "PENDING"
+
+    cluster.until(requeued, 60, "the requeue", lambda: f"{cluster.job(job)}\n{cluster.output(job)}")
+    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def ranks(cluster, job: str) -> dict[int, int]:
+    """The processes that train, by rank."""
+    tasks = [(pid, env) for pid, env in cluster.processes() if env["SLURM_JOB_ID"] == job and "SLURM_PROCID" in env]
+    cmdline = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid, _ in tasks}
+    return {int(env["SLURM_PROCID"]): pid for pid, env in tasks if b"train.py" in cmdline[pid]}
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, folder):
+    """The folder of a run that nothing disturbed."""
+    run_dir = folder / "whole"
+    job = submit(cluster, folder, "pretrain.sbatch", *arguments(folder, run_dir))
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    return run_dir
+
+
+def test_a_job_on_two_nodes_runs_to_its_end(cluster, whole):
+    run = json.loads((whole / "run.json").read_text())
+    assert run["starts"][-1]["world_size"] == 2
+    assert last_step(whole) == STEPS
+    assert not cluster.processes()
+
+
+def test_a_run_that_loses_a_rank_goes_on_by_itself_as_if_nothing_had_happened(cluster, folder, whole):
+    run_dir = folder / "broken"
+    job = submit(cluster, folder, "pretrain.sbatch", *arguments(folder, run_dir))
+    reach(cluster, job, run_dir, SAVE_EVERY + 5)
+    os.kill(ranks(cluster, job)[1], signal.SIGKILL)
+    restart(cluster, job, 1)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert curve(run_dir) == curve(whole)
+    assert not cluster.processes()
