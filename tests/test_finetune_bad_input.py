@@ -103,6 +103,7 @@ CASES = {
         lambda h: {**two_texts(h), "text_column": "premise,hypothesis", "document_tokens": 99},
         "--document_tokens is for one text an example",
     ),
+    "gradients of windows that there are not": (lambda h: {"gradient_windows": 2}, "--gradient_windows is for long"),
     "mix with a language model": (lambda h: {"head": "scalar_mix"}, "add --lm_coef 0"),
     "seeds that are none": (lambda h: {"seeds": "1,b"}, "no list of whole numbers"),
     "fraction of nothing": (lambda h: {"limit_train": 0}, "--limit_train 0 must be above 0"),

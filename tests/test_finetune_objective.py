@@ -116,13 +116,13 @@ def plain_loss(model: Classifier, data: TaskData) -> torch.Tensor:
     return sum(losses) / len(losses) + LAMBDA * sum(lm) / len(lm)
 
 
-def cut_loss(model: Classifier, encoded: Encoded, plan: tuple[int, int, int]) -> torch.Tensor:
+def cut_loss(model: Classifier, encoded: Encoded, plan: tuple[int, int, int], **more) -> torch.Tensor:
     """The mean over ranks and micro-steps, as the engine takes it, of one global batch cut by ``plan``."""
     micro, accumulation, ranks = plan
     total = 0.0
     for rank in range(ranks):
         cut = BatchPlan(micro, accumulation, ranks, rank)
-        batches = TaskBatches(encoded, cut, 0, "cpu", order="grouped", seed=1, drop_short=False)
+        batches = TaskBatches(encoded, cut, 0, "cpu", order="grouped", seed=1, drop_short=False, **more)
         for _ in range(accumulation):
             total = total + model(**batches.next())
     return total / (accumulation * ranks)
@@ -229,27 +229,6 @@ def test_a_value_between_two_classes_is_shared_between_them():
     expected = [[0, 0, 0, 0.2, 0.8, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0.5, 0.5, 0, 0]]
     np.testing.assert_allclose(table, expected, atol=1e-7)
     np.testing.assert_allclose(table @ np.arange(6), [3.8, 0, 5, 2.5], atol=1e-6)
-
-
-def test_pooling_runs_over_all_windows_of_a_document():
-    """The same states in one sequence or cut into windows give the same features."""
-    rng = torch.Generator().manual_seed(0)
-    hidden = torch.randn(10, 16, generator=rng)
-    from megagpt.finetune.heads import PooledMLP
-
-    head = PooledMLP(16, 2, 0.0, load_ops("torch", head_width=8, dtype=torch.float32, device="cpu"))
-    whole = {
-        "lengths": torch.tensor([10]),
-        "sequence": torch.zeros(10, dtype=torch.int64),
-        "unit": torch.tensor([0]),
-        "owner": torch.tensor([0]),
-        "extract": torch.tensor([9]),
-    }
-    expected = torch.cat([hidden[9], hidden.amax(0), hidden.mean(0)])
-    torch.testing.assert_close(head.features(hidden, whole)[0], expected)
-    sequence = torch.tensor([0] * 4 + [1] * 6)
-    cut = {**whole, "lengths": torch.tensor([4, 6]), "sequence": sequence, "unit": torch.tensor([0, 0])}
-    torch.testing.assert_close(head.features(hidden, cut)[0], expected)
 
 
 def test_a_layer_mix_starts_as_the_mean_of_embedding_and_blocks():

@@ -71,7 +71,13 @@ def padding_share(longest: np.ndarray, batches: list[np.ndarray]) -> float:
 
 
 def collate(
-    encoded: Encoded, indices: Sequence[int], *, n_real: int, example_weight: float, sequence_weight: float
+    encoded: Encoded,
+    indices: Sequence[int],
+    *,
+    n_real: int,
+    example_weight: float,
+    sequence_weight: float,
+    gradient_windows: int | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a micro-batch; examples after the first ``n_real`` only fill it up and weigh nothing.
 
@@ -81,20 +87,25 @@ def collate(
     with a next token; lengths (S,); unit (S,) which unit a sequence is part of; owner (U,) which example a unit is part
     of; extract (U,) the row of its extract token; targets (B, ...); example_weights (B,) and sequence_weights (S,)
     float32.
+
+    With ``gradient_windows`` only so many last sequences of each unit are trained. The others come behind them: ids,
+    rows and predicting are of those that are trained, early_ids and early_rows of the others; where there are none, of
+    one more, for every rank makes the same calls.
     """
     units = [(b, unit) for b, i in enumerate(indices) for unit in encoded.units[i]]
-    sequences = [(u, b, ids) for u, (b, unit) in enumerate(units) for ids in unit.sequences]
+    most = gradient_windows or max(len(unit.sequences) for _, unit in units)
+    trained = [(u, b, ids) for u, (b, unit) in enumerate(units) for ids in unit.sequences[-most:]]
+    early = [(u, b, ids) for u, (b, unit) in enumerate(units) for ids in unit.sequences[:-most]]
+    sequences = trained + early
     lengths = np.array([len(ids) for _, _, ids in sequences])
-    padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
-    for row, (_, _, ids) in zip(padded, sequences, strict=True):
-        row[: len(ids)] = ids
-    ends = np.cumsum(lengths)
-    last = np.cumsum([len(unit.sequences) for _, unit in units]) - 1
-    extract = (ends - lengths)[last] + [unit.extract for _, unit in units]
+    ends = np.cumsum(lengths[: len(trained)])
+    last = np.cumsum([min(most, len(unit.sequences)) for _, unit in units]) - 1
+    extract = (ends - lengths[: len(trained)])[last] + [unit.extract for _, unit in units]
+    padded, rows = _table([ids for _, _, ids in trained])
     real = torch.arange(len(indices)) < n_real
     batch = {
-        "ids": torch.from_numpy(padded),
-        "rows": torch.from_numpy(np.flatnonzero(np.arange(padded.shape[1]) < lengths[:, None])),
+        "ids": padded,
+        "rows": rows,
         "sequence": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         "predicting": torch.from_numpy(np.delete(np.arange(ends[-1]), ends - 1)),
         "lengths": torch.from_numpy(lengths),
@@ -104,21 +115,46 @@ def collate(
         "example_weights": real * example_weight,
         "sequence_weights": real[torch.tensor([b for _, b, _ in sequences])] * sequence_weight,
     }
+    if gradient_windows is not None:
+        batch["early_ids"], batch["early_rows"] = _table([ids for _, _, ids in early or trained[:1]])
     if encoded.targets is not None:
         batch["targets"] = torch.from_numpy(encoded.targets[np.asarray(indices)])
     return batch
 
 
+def _table(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Sequences below each other, filled up with 0, and which of the flattened positions are real."""
+    lengths = np.array([len(ids) for ids in sequences])
+    padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
+    for row, ids in zip(padded, sequences, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(padded), torch.from_numpy(np.flatnonzero(np.arange(padded.shape[1]) < lengths[:, None]))
+
+
 class TaskBatches:
-    """Endless micro-batches of this rank, from global batch number ``first`` on: ``next()`` gives :func:`collate`'s."""
+    """Endless micro-batches of this rank, from global batch number ``first`` on: ``next()`` gives :func:`collate`'s.
+
+    The mean over sequences is one over those that are trained.
+    """
 
     def __init__(
-        self, encoded: Encoded, plan: BatchPlan, first: int, device, *, order: str, seed: int, drop_short: bool
+        self,
+        encoded: Encoded,
+        plan: BatchPlan,
+        first: int,
+        device,
+        *,
+        order: str,
+        seed: int,
+        drop_short: bool,
+        gradient_windows: int | None = None,
     ) -> None:
         self._encoded, self._plan, self._device = encoded, plan, device
         self._order, self._seed = order, seed
         self._longest = encoded.longest()
-        self._sequences = np.array([sum(len(u.sequences) for u in units) for units in encoded.units])
+        self._gradient_windows = gradient_windows
+        most = gradient_windows or max(len(u.sequences) for units in encoded.units for u in units)
+        self._sequences = np.array([sum(min(most, len(u.sequences)) for u in units) for units in encoded.units])
         self.steps_per_epoch = steps_per_epoch(len(encoded), plan.global_batch, drop_short)
         self._step, self._micro_step = first, 0
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
@@ -152,6 +188,7 @@ class TaskBatches:
             n_real=len(mine),
             example_weight=cut / len(examples),
             sequence_weight=cut / int(self._sequences[examples].sum()),
+            gradient_windows=self._gradient_windows,
         )
 
     def tokens(self, step: int) -> int:

@@ -150,6 +150,7 @@ class Run:
             order="shuffled" if is_lm else plan.order,
             seed=plan.settings.seed + phase.index,
             drop_short=not is_lm and plan.drop_short,
+            gradient_windows=None if is_lm else plan.settings.gradient_windows,
         )
         self.log.message(padding_line(batches))
         settings = plan.settings

@@ -56,6 +56,8 @@ class FinetuneSettings:
     seq_len: int | None = None  # longest sequence; the pre-trained model's by default
     document_tokens: int | None = None  # long documents: read this many last tokens in windows, with a pooling head
 
+    gradient_windows: int | None = None  # long documents: train through so many last windows; all by default
+
     # studies
     n_transfer: int | None = None  # take embeddings and this many blocks of the pre-trained model; -1 nothing
     from_scratch: bool = False  # the same model without its pre-trained weights
@@ -120,6 +122,8 @@ class FinetuneSettings:
             yield f"--task {self.task} needs --task_data, the folder with its files"
         elif self.train is not None and self.valid is None:
             yield "--train needs --valid, the examples that decide which checkpoint is best"
+        if self.gradient_windows is not None and self.document_tokens is None:
+            yield "--gradient_windows is for long documents, which --document_tokens cuts in windows"
         if self.n_choices is not None and (self.task is not None or self.kind != "choose"):
             yield "--n_choices is for your own files of --kind choose; leave it out"
 
@@ -133,7 +137,7 @@ _MOST = 1e18
 _RANGES = {
     **dict.fromkeys(("epochs", "log_interval", "keep_last", "patience"), (1, _MOST)),
     **dict.fromkeys(("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"), (1, _MOST)),
-    **dict.fromkeys(("seq_len", "document_tokens"), (1, _MOST)),
+    **dict.fromkeys(("seq_len", "document_tokens", "gradient_windows"), (1, _MOST)),
     **dict.fromkeys(("lm_epochs", "save_interval", "seed", "activation_checkpointing"), (0, _MOST)),
     **dict.fromkeys(("lm_coef", "weight_decay", "eps"), (0.0, _MOST)),
     **dict.fromkeys(("dropout", "head_dropout", "warmup", "betas"), (0.0, 1.0)),

@@ -38,12 +38,22 @@ class Classifier(nn.Module):
         """This micro-batch's part of the loss: the sum over examples and sequences of loss times weight."""
         if self.objective == LM:
             return self._language_model(*self.gpt.hidden_and_words(batch["ids"], batch["rows"]), batch)
+        # First: a pass that ends takes ZeRO-3's table of words away, which the language model needs.
+        early = self._early(batch)
         if not self.lm_coef:
-            return self._task(self._hidden(batch), batch)
+            return self._task(_joined(self._hidden(batch), early), batch)
         if self.spec.head == "scalar_mix":
             raise AssertionError("scalar_mix is trained without the auxiliary language model")
         hidden, words = self.gpt.hidden_and_words(batch["ids"], batch["rows"])
-        return self._task(hidden, batch) + self.lm_coef * self._language_model(hidden, words, batch)
+        return self._task(_joined(hidden, early), batch) + self.lm_coef * self._language_model(hidden, words, batch)
+
+    @torch.no_grad()
+    def _early(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """States of the rows behind those that are trained; None where gradients go through all."""
+        if "early_ids" not in batch:
+            return None
+        n = len(batch["sequence"]) - len(batch["rows"])
+        return self.gpt.hidden(batch["early_ids"], batch["early_rows"])[:n]
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, K) in the model's type; -inf for a choice that an example does not have."""
@@ -70,6 +80,10 @@ class Classifier(nn.Module):
                 0, owner, features
             )
         return self.head(features, None)
+
+
+def _joined(hidden: Tensor | list[Tensor], early: Tensor | None) -> Tensor | list[Tensor]:
+    return hidden if early is None else torch.cat([hidden, early])
 
 
 def _by_example(scores: Tensor, owner: Tensor, B: int) -> Tensor:

@@ -110,6 +110,7 @@ class FinetunePlan:
             "spec": self.spec.to_dict(),
             "phases": recipe,
             "order": self.order,
+            "gradient_windows": self.settings.gradient_windows,
             "seed": self.settings.seed,
             "n_transfer": self.n_transfer,
             "init": self.weights_identity,
