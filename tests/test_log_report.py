@@ -101,6 +101,30 @@ def test_large_numbers_for_people_are_short(tmp_path):
     assert cells == ["4.047e+21", "2,953", "5.5", "100,000,000,000"]
 
 
+def test_the_metrics_of_a_fine_tuned_model_stand_above_a_constant_answer_s():
+    evaluations = {"first": {"step": 5, "loss": 0.6, "accuracy": 0.5}, "best": {"step": 10, "loss": 0.4, "accuracy": 1}}
+    summary = {
+        "task": "mine",
+        "best_step": 10,
+        "best_epoch": 2,
+        "metrics": {"valid": {"loss": 0.4, "accuracy": 0.9375, "f1": 0.95}, "test": {}},
+        "constant": {"valid": {"accuracy": 0.5, "f1": 0.0}},
+        "examples": {"train": 90, "valid": 1600, "test": 7},
+        "valid": {"valid": evaluations},
+    }
+    lines = report.to_markdown("run", summary, None).splitlines()
+    assert lines[2:8] == [
+        "Best weights: step 10, epoch 2.",
+        "",
+        "| split | examples | loss | accuracy | f1 |",
+        "|---|---:|---:|---:|---:|",
+        "| valid | 1,600 | 0.4 | 0.9375 | 0.95 |",
+        "| constant answer |  | - | 0.5 | 0 |",
+    ]
+    assert "| validation set | step | loss | accuracy |" in lines
+    assert lines[-2:] == ["| valid (first) | 5 | 0.6 | 0.5 |", "| valid (lowest loss) | 10 | 0.4 | 1 |"]
+
+
 def test_a_run_too_short_for_a_curve_says_so(tmp_path):
     summary = finished_run(tmp_path, steps=1)
     assert summary["loss_curve"] == "not drawn: fewer than two logged steps"

@@ -20,6 +20,7 @@ from megagpt.version import __version__
 RUN = "run.json"
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer.json"
+_LANGUAGE_MODEL = ("loss", "ppl", "word_ppl", "bits_per_byte")
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "triton")
 
 
@@ -163,20 +164,44 @@ def outcome(run_dir: Path, summary: dict) -> list[str]:
 
 
 def to_markdown(title: str, summary: dict, picture: str | None) -> str:
-    """The summary for people: a table of the run, a table of its validation sets, the loss curve."""
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    """The summary for people: a task's metrics, the run's settings and speed, its evaluations, the loss curve."""
+    lines = [f"# {title}", "", *_result_table(summary), "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in summary.items() if not isinstance(value, dict | list)]
-    measures = ("loss", "ppl", "word_ppl", "bits_per_byte")
-    valid = summary.get("valid", {})
-    if valid:
-        lines += ["", "| validation set | step | " + " | ".join(measures) + " |", "|---|---|" + "---|" * len(measures)]
-    for name, evaluations in valid.items():
-        for when, e in evaluations.items():
-            cells = " | ".join(_cell(e.get(m)) for m in measures)
-            lines.append(f"| {name} ({when}) | {e['step']} | {cells} |")
+    lines += _evaluation_table(summary.get("valid", {}))
     if picture:
         lines += ["", f"![loss curve]({picture})"]
     return "\n".join(lines) + "\n"
+
+
+def _result_table(summary: dict) -> list[str]:
+    """The metrics of a fine-tuned model's splits, each above those of a constant answer; nothing for other runs."""
+    splits = {split: found for split, found in summary.get("metrics", {}).items() if found}
+    if not splits:
+        return []
+    names = list(dict.fromkeys(name for found in splits.values() for name in found))
+    lines = [f"Best weights: step {_cell(summary.get('best_step'))}, epoch {_cell(summary.get('best_epoch'))}.", ""]
+    lines += ["| split | examples | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+    for split, found in splits.items():
+        n = summary.get("examples", {}).get(split)
+        rows = [(split, n, found), ("constant answer", None, summary.get("constant", {}).get(split, {}))]
+        for name, size, values in rows:
+            cells = " | ".join(_cell(values.get(measure)) for measure in names)
+            lines.append(f"| {name} | {'' if size is None else _cell(size)} | {cells} |")
+    return [*lines, ""]
+
+
+def _evaluation_table(valid: dict[str, dict]) -> list[str]:
+    """First, last and best evaluation of every validation set, with the measures that it has."""
+    if not valid:
+        return []
+    found = {name: None for evaluations in valid.values() for e in evaluations.values() for name in e if name != "step"}
+    measures = _LANGUAGE_MODEL if "ppl" in found or not found else tuple(found)
+    lines = ["", "| validation set | step | " + " | ".join(measures) + " |", "|---|---|" + "---|" * len(measures)]
+    for name, evaluations in valid.items():
+        for when, e in evaluations.items():
+            cells = " | ".join(_cell(e.get(m)) for m in measures)
+            lines.append(f"| {name} ({'lowest loss' if when == 'best' else when}) | {e['step']} | {cells} |")
+    return lines
 
 
 def _cell(value) -> str:
