@@ -72,15 +72,23 @@ def train_all(cases: list[list]) -> None:
     """Runs of ``finetune.py`` on this rank that share a process group: they take less than starting one."""
     import os
 
-    from megagpt.config import deepspeed
     from megagpt.dist import resolve_world
     from megagpt.finetune import driver
+    from megagpt.train.engine import device_of
+
+    world = resolve_world(os.environ)
+    for argv in cases:
+        plan = plan_of(argv, world)
+        device = device_of(world) if torch.distributed.is_initialized() else driver.start(plan, world)
+        driver.finetune(plan, world, device)
+
+
+def plan_of(argv: list, world=None):
+    """The plan of a run of ``finetune.py``, on one rank unless told."""
+    from megagpt.config import deepspeed
+    from megagpt.dist import resolve_world
     from megagpt.finetune.fields import parse
     from megagpt.finetune.plan import make_plan
 
-    world, device = resolve_world(os.environ), None
-    for argv in cases:
-        settings = parse([str(word) for word in argv])
-        plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
-        device = device or driver.start(plan, world)
-        driver.finetune(plan, world, device)
+    settings = parse([str(word) for word in argv])
+    return make_plan(settings, deepspeed.load(settings.ds_config), world or resolve_world({}))

@@ -1,14 +1,12 @@
 """``finetune.py`` from files to predictions, on every ZeRO stage and any number of ranks."""
 
 import csv
-import functools
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
-from distributed import finetune
-from finetune_common import ds_config, folder, pretrained, write_csv
+from distributed import run_ranks
+from finetune_common import ds_config, folder, pretrained, train_all, write_csv
 
 from megagpt.cli import main as megagpt
 
@@ -28,12 +26,6 @@ def curve(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k in keep or k.startswith("valid/")} for r in records]
 
 
-def run(home: Path, stage: int, ranks: int, *more) -> list[dict]:
-    codes, output = finetune(arguments(home, stage, *more), ranks)
-    assert codes == [0] * ranks, output
-    return curve(home / "run")
-
-
 def assert_same_curve(found: list[dict], expected: list[dict], tolerance: float) -> None:
     assert [r["step"] for r in found] == [r["step"] for r in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -42,20 +34,34 @@ def assert_same_curve(found: list[dict], expected: list[dict], tolerance: float)
             assert ours[key] == pytest.approx(value, abs=tolerance, rel=tolerance), (ours["step"], key)
 
 
-@functools.cache
-def reference() -> tuple[Path, list[dict]]:
-    home = Path(tempfile.mkdtemp(dir=folder()))
-    return home, run(home, 0, 1)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Folders 0-1, 3-2 and so on with a run at each ZeRO stage on one rank and on two."""
+    top = tmp_path_factory.mktemp("runs")
+    for ranks in (1, 2):
+        homes = [top / f"{stage}-{ranks}" for stage in range(4)]
+        for home in homes:
+            home.mkdir()
+        run_ranks(train_all, ranks, [arguments(home, stage) for stage, home in enumerate(homes)], timeout=240)
+    return top
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_every_zero_stage_and_number_of_ranks_gives_the_same_curve(tmp_path, stage, ranks):
-    _, expected = reference()
-    assert_same_curve(run(tmp_path, stage, ranks), expected, 1e-4)
+@pytest.fixture
+def home(runs) -> Path:
+    """The folder of the run without ZeRO on one rank."""
+    return runs / "0-1"
 
 
-def test_a_run_leaves_the_best_model_its_predictions_and_what_they_are_of():
-    home, records = reference()
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", range(4))
+def test_every_zero_stage_and_number_of_ranks_gives_the_same_curve(runs, stage, ranks):
+    assert_same_curve(curve(runs / f"{stage}-{ranks}" / "run"), curve(runs / "0-1" / "run"), 1e-4)
+    first = curve(runs / "0-1" / "run")[0]["loss"]
+    assert curve(runs / f"{stage}-{ranks}" / "run")[-2]["loss"] < first - 0.05  # something was learnt
+
+
+def test_a_run_leaves_the_best_model_its_predictions_and_what_they_are_of(home):
+    records = curve(home / "run")
     assert sum("loss" in r for r in records) == 3 * (44 // 8)  # the last, short batch of an epoch is dropped
     summary = json.loads((home / "run" / "summary.json").read_text())
     best = max(r["valid/valid/accuracy"] for r in records if "valid/valid/accuracy" in r)
@@ -74,20 +80,31 @@ def test_a_run_leaves_the_best_model_its_predictions_and_what_they_are_of():
     assert (about["task"], about["kind"], about["labels"], about["seed"]) == ("my", "classify", ["minus", "plus"], 1234)
 
 
-def test_predict_repeats_the_predictions_of_the_run(tmp_path):
-    home, _ = reference()
-    assert (
-        megagpt(
-            [
-                "predict",
-                "--from",
-                str(home / "run"),
-                "--input",
-                str(folder() / "dev.csv"),
-                "--output",
-                f"{tmp_path}/o.tsv",
-            ]
-        )
-        == 0
-    )
-    assert (tmp_path / "o.tsv").read_text() == (home / "run" / "predictions" / "valid.tsv").read_text()
+def test_predict_repeats_the_predictions_of_the_run(home, tmp_path):
+    files = ["--input", str(folder() / "dev.csv"), "--output", str(tmp_path / "out.tsv")]
+    assert megagpt(["predict", "--from", str(home / "run"), *files]) == 0
+    assert (tmp_path / "out.tsv").read_text() == (home / "run" / "predictions" / "valid.tsv").read_text()
+
+
+WRONG_INPUTS = {
+    "another column": ("txt,label\na b,plus\n", [], "text"),
+    "an empty text": ('text\na b\n""\n', [], "new.csv:3"),
+    "a row too wide": ("text,label\na b,plus\na,b,c\n", [], "new.csv:3"),
+    "no rows": ("text\n", [], "new.csv"),
+    "no file": (None, [], "new.csv"),
+    "two texts": ("text,other\na,b\n", ["--text_column", "text,other"], "names 2 columns; kind classify has 1"),
+    "no batch": ("text\na b\n", ["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_what_predict_cannot_answer_is_one_sentence_and_nothing_is_written(case, home, tmp_path, capsys):
+    content, more, words = WRONG_INPUTS[case]
+    if content is not None:
+        (tmp_path / "new.csv").write_text(content)
+    files = ["--input", str(tmp_path / "new.csv"), "--output", str(tmp_path / "out.tsv")]
+    assert megagpt(["predict", "--from", str(home / "run"), *files, *more]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("error:") == 1
+    assert not (tmp_path / "out.tsv").exists()
