@@ -10,7 +10,9 @@ from distributed import finetune
 from finetune_common import ds_config, pretrained, write_csv
 from safetensors.torch import load_file, save_file
 
+from megagpt.cli import main as megagpt
 from megagpt.finetune.main import main
+from megagpt.train.main import main as train
 from megagpt.train.manifest import open_safetensors
 
 
@@ -159,8 +161,8 @@ WEIGHTS = {
         lambda h, run: cut_model(h),
         "blocks.1.attn.qkv.weight should have the shape (96, 32) and there",
     ),
-    "fine-tuned run": (lambda h, run: run, "is fine-tuned already; start from the pre-trained run"),
-    "fine-tuned weights": (lambda h, run: run / "model.safetensors", "is fine-tuned already; start from"),
+    "fine-tuned run": (lambda h, run: run, "is fine-tuned already; give the pre-trained run"),
+    "fine-tuned weights": (lambda h, run: run / "model.safetensors", "is fine-tuned already; give the"),
 }
 
 
@@ -175,6 +177,20 @@ def test_weights_that_cannot_be_used_are_told_before_anything_is_written(case, t
     assert words in said
     assert said.count("error:") == 1
     assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_a_fine_tuned_model_is_no_start_of_pre_training_and_writes_no_text(command, tmp_path, finished, capfd):
+    if command == "generate":
+        code = megagpt(["generate", "--from", str(finished), "--prompt", "time"])
+    else:
+        write_bytes_corpus(tmp_path / "corpus", [b"text " * 50])
+        flags = ["--ds_config", ds_config(tmp_path), "--data", tmp_path / "corpus", "--init_from", finished]
+        code = train([str(word) for word in [*flags, "--run_dir", tmp_path / "run", "--max_steps", 1]])
+    said = capfd.readouterr().err
+    assert code == 3, said
+    assert "is fine-tuned already" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -73,8 +73,10 @@ def load_model(path: Path, device: str):
     from megagpt.model.config import GPTConfig
     from megagpt.model.gpt import GPT
     from megagpt.ops import load_ops
+    from megagpt.train import manifest
     from megagpt.train.checkpoint import read_weights
 
+    manifest.read_decoder_source(path)
     weights, values = read_weights(path)
     config = GPTConfig.from_dict(values)
     ops = load_ops("auto", head_width=config.head_width, dtype=torch.float32, device=device)

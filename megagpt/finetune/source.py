@@ -18,19 +18,13 @@ def read_source(init_from: str, *, weights_taken: bool) -> tuple[GPTConfig, str 
     they are fine-tuned already, and with ``weights_taken`` where a file lacks some.
     """
     path = Path(init_from)
-    source = manifest.read_source(path)
+    source = manifest.read_decoder_source(path)
     try:
         model = GPTConfig.from_dict(source.model)
     except ConfigError as error:
         raise CheckpointError(f"{path} does not say which model its weights are of: {error}") from None
-    shapes = _shapes(path) if path.suffix == ".safetensors" else None
-    if source.finetuned or (shapes and "gpt.wte.weight" in shapes):
-        raise CheckpointError(
-            f"{path} is fine-tuned already; start from the pre-trained run that it came from, "
-            "or ask it with megagpt predict"
-        )
-    if shapes is not None and weights_taken:
-        _check_shapes(path, shapes, model)
+    if weights_taken and path.suffix == ".safetensors":
+        _check_shapes(path, model)
     return model, source.tokenizer_sha256
 
 
@@ -43,12 +37,9 @@ def identity(init_from: str) -> dict:
     return {"step": manifest.step_of(folder), "manifest": manifest.hash_file(folder, manifest.MANIFEST).sha256}
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _check_shapes(path: Path, model: GPTConfig) -> None:
     with manifest.open_safetensors(path, framework="np") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 no mapping
-
-
-def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], model: GPTConfig) -> None:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 no mapping
     ops = load_ops("torch", head_width=model.head_width, dtype=torch.float32, device="cpu")
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in GPT(model, ops).state_dict().items()}

@@ -86,6 +86,16 @@ def read_source(path: Path) -> Source:
     raise nothing_there(path)
 
 
+def read_decoder_source(path: Path) -> Source:
+    """:func:`read_source` of weights without a head. Raises CheckpointError for fine-tuned ones."""
+    source = read_source(path)
+    if source.finetuned:
+        raise CheckpointError(
+            f"{path} is fine-tuned already; give the pre-trained run that it came from, or ask it with megagpt predict"
+        )
+    return source
+
+
 @contextlib.contextmanager
 def open_safetensors(path: Path, *, framework: str):
     """The open file. Raises CheckpointError for one that is missing or damaged."""

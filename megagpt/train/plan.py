@@ -122,7 +122,7 @@ def _source(settings: TrainSettings) -> manifest.Source | None:
     """What the weights of --init_from are of."""
     if settings.init_from is None:
         return None
-    source = manifest.read_source(Path(settings.init_from))
+    source = manifest.read_decoder_source(Path(settings.init_from))
     try:
         GPTConfig.from_dict(source.model)
     except ConfigError as error:
