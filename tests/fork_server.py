@@ -28,6 +28,8 @@ context.set_forkserver_preload(
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "matplotlib.pyplot",
         "torch.utils.tensorboard",
+        "sklearn.metrics",
+        "scipy.stats",
     ]
 )
 
