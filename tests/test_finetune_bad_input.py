@@ -68,7 +68,10 @@ CASES = {
     "task and files": (lambda h: {"task": "sst2"}, "give either --task"),
     "task without files": (lambda h: {"train": None, "valid": None, "task": "sst2"}, "--task sst2 needs --task_data"),
     "no validation": (lambda h: {"valid": None}, "--train needs --valid"),
-    "unknown kind": (lambda h: {"kind": "clasify"}, "--kind"),
+    "unknown kind": (
+        lambda h: {"kind": "clasify"},
+        "--kind 'clasify' is unknown (did you mean 'classify'?); choose one of",
+    ),
     "choices of unequal number": (
         lambda h: {**choices(h, 2, 2, 3), "n_choices": 2},
         "q.jsonl:3: 3 choices where every example must have 2",

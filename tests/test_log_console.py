@@ -77,6 +77,11 @@ def test_an_evaluation_is_one_line_of_a_log(capsys):
     assert line.endswith("| bits per byte: 1.5000 |")
 
 
+def test_an_evaluation_on_a_task_shows_its_metrics(capsys):
+    Lines(9, Pace(9)).valid("dev", {"loss": 0.5, "accuracy": 0.875, "macro_f1": 0.8}, 4)
+    assert capsys.readouterr().out.endswith("set: dev | loss: 5.000000E-01 | accuracy: 0.8750 | macro_f1: 0.8000 |\n")
+
+
 def test_skipped_iterations_are_counted_since_the_line_before(capsys):
     lines = Lines(9, Pace(9))
     for step, skipped in ((1, 1), (2, 1), (3, 3)):

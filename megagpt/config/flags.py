@@ -16,6 +16,8 @@ Settings = TypeVar("Settings")
 _FLAG = re.compile(r"--?[A-Za-z]")  # a negative number is a value
 _MISFIT = re.compile(r"Error parsing (--\w+): no type matching \{?(.+?)\}? could be instantiated from \[(.*)\]")
 
+_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(--\w+)'. Expected one of \((.*)\)")
+
 
 def parse_flags(
     cls: type[Settings],
@@ -135,4 +137,10 @@ def _sentence(box: str) -> str:
         if "│" in line:
             lines.append(text)
     message = " ".join(" ".join(lines).split()).rstrip(". ") or "the flags could not be read"
-    return _MISFIT.sub(r"\1 takes \2, not \3", message)
+    return _CHOICE.sub(_unknown_choice, _MISFIT.sub(r"\1 takes \2, not \3", message))
+
+
+def _unknown_choice(match: re.Match) -> str:
+    found, flag, choices = match.groups()
+    known = [choice.strip("'") for choice in choices.split(", ") if choice != "None"]
+    return f"{flag} {found!r} is unknown{nearest(found, known)}; choose one of {', '.join(known)}"

@@ -27,7 +27,8 @@ def opening_lines(plan: FinetunePlan, ops, step: int) -> list[str]:
     return [
         f"task {data.task}: {data.kind}, {sizes} examples; best by {data.metrics[0]}",
         *(
-            f"WARNING: {split.name}: {split.n_skipped:,} rows skipped, the first {split.skipped[0]}"
+            f"WARNING: {split.name}: {split.n_skipped:,} row{'s' * (split.n_skipped > 1)} skipped: "
+            f"{'; '.join(split.skipped)}{'; ...' if split.n_skipped > len(split.skipped) else ''}"
             for split in data.splits()
             if split.n_skipped
         ),

@@ -65,7 +65,7 @@ class Lines:
 
     def valid(self, name: str, record: dict, step: int) -> None:
         formats = {"loss": "loss: {:.6E}", "ppl": "ppl: {:.6E}", "word_ppl": "word ppl: {:.6E}"}
-        fields = _formatted(record, {**formats, "bits_per_byte": "bits per byte: {:.4f}"})
+        fields = _formatted(record, {**formats, "bits_per_byte": "bits per byte: {:.4f}"}, "{}: {:.4f}")
         self._print(" | ".join([f"validation loss at iteration {step}", f"set: {name}", *fields]) + " |")
 
     def message(self, text: str) -> None:
@@ -110,7 +110,7 @@ class Bar:
 
     def valid(self, name: str, record: dict, step: int) -> None:
         formats = {"loss": "loss {:.4f}", "ppl": "ppl {:.4g}", "word_ppl": "word ppl {:.4g}"}
-        fields = _formatted(record, {**formats, "bits_per_byte": "{:.4f} bits per byte"})
+        fields = _formatted(record, {**formats, "bits_per_byte": "{:.4f} bits per byte"}, "{} {:.4f}")
         self.message(f"step {step} valid/{name}: {' · '.join(fields)}")
 
     def message(self, text: str) -> None:
@@ -126,9 +126,10 @@ def open_console(total_steps: int, start_step: int, skipped: int) -> Lines | Bar
     return Bar(total_steps, start_step, pace) if is_terminal() else Lines(total_steps, pace, skipped)
 
 
-def _formatted(record: dict, formats: dict[str, str]) -> list[str]:
-    """The values of ``record`` that ``formats`` names, in the order of ``formats``."""
-    return [text.format(record[key]) for key, text in formats.items() if key in record]
+def _formatted(record: dict, formats: dict[str, str], other: str) -> list[str]:
+    """The values of ``record`` that ``formats`` names, in the order of ``formats``, then a task's metrics."""
+    known = [text.format(record[key]) for key, text in formats.items() if key in record]
+    return known + [other.format(key, value) for key, value in record.items() if key not in formats]
 
 
 def _short(n: float) -> str:
