@@ -17,6 +17,13 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     "finetune": ("megagpt.finetune.commands", "finetune_main", "compare fine-tuning runs, pack a GLUE submission"),
     "study": ("megagpt.finetune.study", "study_main", "sweep fine-tuning: blocks taken over, examples, ablations"),
     "predict": ("megagpt.finetune.predict", "predict_main", "answer for the rows of a file with a fine-tuned model"),
+    "slurm": ("megagpt.tools.slurm", "slurm_main", "write, submit and watch jobs for Slurm"),
+    "preflight": (
+        "megagpt.tools.preflight",
+        "preflight_main",
+        "check and measure the hosts of a job",
+    ),
+    "warm": ("megagpt.train.warm", "warm_main", "compile what a run needs, before its ranks start on a node"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
 }
 

@@ -8,10 +8,11 @@
 set -euo pipefail
 umask "${MEGAGPT_UMASK:-077}"
 
-MEGAGPT_HOME=${MEGAGPT_HOME:-$SLURM_SUBMIT_DIR}
+export MEGAGPT_HOME=${MEGAGPT_HOME:-$SLURM_SUBMIT_DIR}
 python=${PYTHON:-python}
 inside=()     # what a command is started by inside the allocation: a container's exec
 srun_flags=() # more flags of srun
+warm=(true)   # what fills the caches of compiled kernels on a node with GPUs
 fruitless_limit=3
 
 # The ranks meet on the first node, under the address by which Slurm knows it: its name need not be in any DNS.
@@ -25,19 +26,18 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Compiled kernels go to each node's own disk: on NFS they are lost, locked or stale. Nobody else can know the name.
 cache=$(mktemp --dry-run "${TMPDIR:-/tmp}/megagpt-$SLURM_JOB_ID-XXXXXXXXXX")
+export MEGAGPT_WARM_RANKS=${SLURM_NTASKS:-1}
 export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions
 
 # Ranks get these variables and Slurm's own, and nothing else that the submitting shell happened to have.
-exported=(PATH HOME USER LOGNAME SHELL LANG TZ TMPDIR LD_LIBRARY_PATH VIRTUAL_ENV CONDA_PREFIX CUDA_HOME MASTER_ADDR
-    MASTER_PORT TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TOKENIZERS_PARALLELISM DS_ACCELERATOR "${!LC_@}" "${!OMP_@}"
-    "${!PYTHONUNB@}" "${!PYTHONFAULT@}" "${!NCCL_@}" "${!TORCH_NCCL_@}" "${!GLOO_@}" "${!UCX_@}" "${!FI_@}"
-    "${!MEGAGPT_@}")
-
 export_list() {
-    local IFS=' ' more
+    local names=(PATH HOME USER LOGNAME SHELL LANG TZ TMPDIR LD_LIBRARY_PATH VIRTUAL_ENV CONDA_PREFIX CUDA_HOME
+        DS_ACCELERATOR MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TOKENIZERS_PARALLELISM
+        PYTHONUNBUFFERED PYTHONFAULTHANDLER "${!LC_@}" "${!OMP_@}" "${!NCCL_@}" "${!TORCH_NCCL_@}" "${!GLOO_@}"
+        "${!UCX_@}" "${!FI_@}" "${!MEGAGPT_@}") more IFS=' '
     read -ra more <<<"${MEGAGPT_EXPORT:-}"
     IFS=,
-    printf '%s' "${exported[*]},${more[*]}"
+    printf '%s' "${names[*]}${more:+,${more[*]}}"
 }
 
 # value_of VARIABLE FLAG "$@": the value that the arguments give to a flag, however it is spelt.
@@ -67,15 +67,21 @@ prepare_nodes() {
         mkdir -m 700 -- "$1" 2>/dev/null || [ -O "$1" ] # nodes may share a disk
         shift
         mkdir -p -- "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR"
-        find "${TMPDIR:-/tmp}" -maxdepth 1 -user "$(id -u)" -name "megagpt-*-??????????" -mtime +7 -exec rm -rf {} + || true
-        if nvidia-smi -L >/dev/null 2>&1; then "$@"; fi' prepare "$cache" "${inside[@]}" "${warm[@]:-true}"
+        find "${TMPDIR:-/tmp}" -maxdepth 1 -type d -user "$(id -u)" -name "megagpt-[0-9]*-??????????" \
+            -mtime +30 -exec rm -rf {} + || true
+        if nvidia-smi -L >/dev/null 2>&1; then "$@" || true; fi' prepare "$cache" "${inside[@]}" "${warm[@]}"
 }
 
 # run COMMAND...: one task a rank; then this script ends, and the job with it or not.
 run() {
     local run_dir code
     value_of run_dir run_dir "$@"
-    state=${run_dir:-$SLURM_SUBMIT_DIR}/slurm/$SLURM_JOB_ID
+    if [[ ! $run_dir ]]; then
+        echo "error: a run needs --run_dir, the folder of the run" >&2
+        exit 2
+    fi
+    if [[ $run_dir != /* ]]; then run_dir=$PWD/$run_dir; fi
+    state=$run_dir/slurm/$SLURM_JOB_ID
     mkdir -p -- "$state"
     rm -f -- "$state/code" "$state/exclude"
     touch -- "$state/started"
@@ -108,6 +114,7 @@ settle() {
     case $code in
         0 | 1 | 2 | 3 | 6 | 7) exit "$code" ;; # done, or another start would end the same way
     esac
+    if [[ -e $state/../../stop ]]; then exit "$code"; fi # the file by which a user stops a run
     if [[ $cancelled ]]; then
         echo "job $SLURM_JOB_ID was told to end (code $code): whoever did so decides whether it starts again"
         exit "$code"
@@ -119,7 +126,7 @@ settle() {
     fi
     echo "job $SLURM_JOB_ID goes back into the queue (code $code)"
     trap '' TERM # requeue sends one
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || true # after the failure of a node Slurm has done so itself
     if [[ ${MEGAGPT_EXCLUDE:-} && -s $state/exclude ]]; then
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(paste -sd, -- "$state/exclude")" || true
     fi

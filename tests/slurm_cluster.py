@@ -173,8 +173,8 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def processes(self) -> list[tuple[int, dict[str, str]]]:
-        """The processes of jobs of this cluster that live: (pid, environment)."""
+    def processes(self, job: str | None = None) -> list[tuple[int, dict[str, str]]]:
+        """The processes of jobs of this cluster, or of one of them, that live: (pid, environment)."""
         mine = os.getpid()
         daemons = {process.pid for process in self._processes.values()}
         found = []
@@ -183,7 +183,8 @@ class Cluster:
                 words = path.read_bytes().decode(errors="replace").split("\0")
                 env = dict(word.split("=", 1) for word in words if "=" in word)
                 pid = int(path.parent.name)
-                if env.get("SLURM_CONF") == self.env["SLURM_CONF"] and "SLURM_JOB_ID" in env:
+                own = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and "SLURM_JOB_ID" in env
+                if own and job in (None, env["SLURM_JOB_ID"]):
                     found += [(pid, env)] if pid not in daemons and pid != mine else []
         return found
 

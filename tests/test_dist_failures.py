@@ -33,6 +33,15 @@ def test_exit_codes(fn, code, shown, capsys):
     assert capsys.readouterr().err == shown
 
 
+def test_the_first_process_to_fail_leaves_its_code_where_it_is_asked_to(tmp_path):
+    env = {"MEGAGPT_EXIT_FILE": str(tmp_path / "code")}
+    assert run_main(lambda: 0, env) == 0
+    assert not (tmp_path / "code").exists()
+    assert run_main(raising("NumericError"), env) == 6
+    assert run_main(raising("DataError"), env) == 2
+    assert (tmp_path / "code").read_text() == "6"
+
+
 def raising(name, text="told"):
     import builtins
 

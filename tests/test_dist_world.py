@@ -90,6 +90,17 @@ def test_two_jobs_that_share_a_node_have_different_ports():
     assert max(ports) < 32768  # Linux hands out the ports above to anyone
 
 
+def test_two_steps_of_a_job_that_share_a_node_have_different_ports():
+    ports = {resolve_world({**SRUN, "SLURM_STEP_ID": str(step)}).master_port for step in range(1000)}
+    assert len(ports) == 1000
+    neighbours = {
+        resolve_world({**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port
+        for job in range(1234567, 1234667)
+        for step in range(3)
+    }
+    assert len(neighbours) == 300
+
+
 def test_one_task_of_slurm_is_alone():
     assert resolve_world({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).launcher == "single"
 

@@ -21,7 +21,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *(
         ROOT / "docs" / name
-        for name in ("architecture.md", "finetune.md", "kernels.md", "tasks.md", "troubleshooting.md")
+        for name in ("architecture.md", "finetune.md", "kernels.md", "slurm.md", "tasks.md", "troubleshooting.md")
     ),
 ]
 

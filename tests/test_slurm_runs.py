@@ -77,7 +77,8 @@ def restart(cluster, job: str, restarts: int) -> None:
 
     def requeued() -> bool:
         found = cluster.job(job)
-        return found["Restarts"] == str(restarts) and found["JobState"] == "PENDING"
+        # Of a start whose script still lives Slurm would take the exit code for that of the next one.
+        return found["Restarts"] == str(restarts) and found["JobState"] == "PENDING" and not cluster.processes(job)
 
     cluster.until(requeued, 60, "the requeue", lambda: f"{cluster.job(job)}\n{cluster.output(job)}")
     cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -85,7 +86,7 @@ def restart(cluster, job: str, restarts: int) -> None:
 
 def ranks(cluster, job: str) -> dict[int, int]:
     """The processes that train, by rank."""
-    tasks = [(pid, env) for pid, env in cluster.processes() if env["SLURM_JOB_ID"] == job and "SLURM_PROCID" in env]
+    tasks = [(pid, env) for pid, env in cluster.processes(job) if "SLURM_PROCID" in env]
     cmdline = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid, _ in tasks}
     return {int(env["SLURM_PROCID"]): pid for pid, env in tasks if b"train.py" in cmdline[pid]}
 
@@ -106,12 +107,72 @@ def test_a_job_on_two_nodes_runs_to_its_end(cluster, whole):
     assert not cluster.processes()
 
 
-def test_a_run_that_loses_a_rank_goes_on_by_itself_as_if_nothing_had_happened(cluster, folder, whole):
+def test_a_run_that_is_preempted_and_cancelled_ends_as_if_nothing_had_happened(cluster, folder, whole):
+    run_dir = folder / "preempted"
+    words = arguments(folder, run_dir)
+    job = submit(cluster, folder, "pretrain.sbatch", *words)
+    reach(cluster, job, run_dir, 25)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does before the time limit
+    restart(cluster, job, 1)
+    reach(cluster, job, run_dir, 55)
+    saved = last_step(run_dir)
+    cluster.ask("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    output = cluster.output(job)
+    assert "stopped after step 2" in output, output
+    assert "goes back into the queue (code 75)" in output
+    assert "was told to end (code 75)" in output
+    newest = max(int(path.name[11:]) for path in (run_dir / "checkpoints").glob("global_step*"))
+    assert newest >= saved > 50  # TERM, too, was answered with a checkpoint
+    assert not cluster.processes()
+
+    again = submit(cluster, folder, "pretrain.sbatch", *words)
+    assert cluster.wait(again) == "COMPLETED", cluster.output(again)
+    assert curve(run_dir) == curve(whole)
+    assert len(json.loads((run_dir / "run.json").read_text())["starts"]) == 3
+
+
+def test_a_run_that_loses_a_rank_ends_as_if_nothing_had_happened(cluster, folder, whole):
     run_dir = folder / "broken"
     job = submit(cluster, folder, "pretrain.sbatch", *arguments(folder, run_dir))
-    reach(cluster, job, run_dir, SAVE_EVERY + 5)
+    reach(cluster, job, run_dir, 15)
     os.kill(ranks(cluster, job)[1], signal.SIGKILL)
     restart(cluster, job, 1)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert curve(run_dir) == curve(whole)
     assert not cluster.processes()
+
+
+def test_a_mistake_is_told_once_and_not_repeated(cluster, folder):
+    job = submit(cluster, folder, "pretrain.sbatch", *arguments(folder, folder / "mistaken", "--lerning_rate", 1))
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert cluster.output(job).count("error: unknown flag --lerning_rate") == 1
+
+
+def test_a_run_that_never_gets_anywhere_is_given_up(cluster, folder):
+    """A rank that dies at once, three times in a row."""
+    python = folder / "dies"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    flags = ("--nodes=1", "--ntasks-per-node=2")
+    job = submit(cluster, folder, "pretrain.sbatch", "--run_dir", folder / "hopeless", flags=flags, PYTHON=str(python))
+    restart(cluster, job, 1)
+    restart(cluster, job, 2)
+    assert cluster.wait(job) == "FAILED"
+    assert "3 starts in a row have left no new checkpoint" in cluster.output(job)
+
+
+def test_the_runs_of_an_array_share_a_node(cluster, folder):
+    """Both at once, each with two ranks on the same host, and each with its line of the sweep."""
+    sweep = folder / "sweep.txt"
+    sweep.write_text("--lr 1e-3 --seed 1\n--lr '3e-4' --seed 2\n")
+    flags = ("--array=1-2", "--nodes=1", "--ntasks-per-node=2", "--nodelist=n1")
+    words = arguments(folder, folder / "sweep", "--max_steps", 3)
+    first = submit(cluster, folder, "array.sbatch", *words, flags=flags, SWEEP=str(sweep))
+    tasks = [f"{first}_{i}" for i in (1, 2)]
+    assert [cluster.wait(task) for task in tasks] == ["COMPLETED"] * 2, [cluster.output(task) for task in tasks]
+    runs = [json.loads((folder / "sweep" / str(i) / "run.json").read_text()) for i in (1, 2)]
+    assert [run["settings"]["lr"] for run in runs] == [1e-3, 3e-4]
+    assert [run["settings"]["seed"] for run in runs] == [1, 2]
+    assert [run["starts"][-1]["world_size"] for run in runs] == [2, 2]

@@ -77,6 +77,7 @@ class TrainSettings:
     seed: int = 1234  # of initialisation, data order and dropout
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
+    preflight: Literal["no", "warn", "stop"] = "no"  # check and measure all hosts first; stop: on slow ones as well
     exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
     exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
 
@@ -177,5 +178,5 @@ def _weight(word: str) -> float | None:
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
     # "deepspeed" alone is the switch that DeepSpeed's own tutorials put before --deepspeed_config.
-    bare = {"activation_checkpointing": "1", "deepspeed": None}
+    bare = {"activation_checkpointing": "1", "preflight": "stop", "deepspeed": None}
     return parse_flags(TrainSettings, argv, prog="train.py", aliases=ALIASES, bare=bare)

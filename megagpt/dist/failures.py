@@ -27,8 +27,17 @@ def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) 
 
     A MegaGPTError is shown as one line, once: by rank 0, or with its name by a rank that fails alone. A rank whose peer
     has ended says so in a line: the reason is with the peer. Anything else is a bug and shows its traceback, with the
-    rank's name.
+    rank's name. Where MEGAGPT_EXIT_FILE names a file, the first process to fail writes its code there.
     """
+    code = _run(fn, env)
+    if code and env.get("MEGAGPT_EXIT_FILE"):
+        # srun tells the highest code of all ranks, and those that a failed one leaves behind end with others.
+        with suppress(OSError), open(env["MEGAGPT_EXIT_FILE"], "x", encoding="ascii") as file:
+            file.write(str(code))
+    return code
+
+
+def _run(fn: Callable[[], int | None], env: Mapping[str, str]) -> int:
     with _presence(env) as leader_is_gone:
         try:
             return fn() or 0
@@ -112,12 +121,14 @@ def _presence(env: Mapping[str, str]):
     name = f"\0megagpt-{os.getuid()}-{env.get('MASTER_ADDR', '')}-{meeting}-{env.get('SLURM_STEP_ID', '')}"
 
     def leader_is_gone() -> bool:
-        """True as soon as this host's first rank has ended; False when it goes on."""
-        if local_rank == "0":
-            time.sleep(_GRACE)  # the launcher ends this process meanwhile if the failure is common to all hosts
-            return False
+        """True as soon as this host's first rank has ended, or any host's has told its failure; False when it goes on."""
         deadline = time.monotonic() + _GRACE
         while time.monotonic() < deadline:
+            if os.path.exists(env.get("MEGAGPT_EXIT_FILE", "")):
+                return True
+            if local_rank == "0":  # the launcher may end this process meanwhile, if the failure is common to all hosts
+                time.sleep(0.05)
+                continue
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
                 try:
                     probe.connect(name)

@@ -100,9 +100,13 @@ def _first_host(env: Mapping[str, str]) -> str | None:
 
 
 def _job_port(env: Mapping[str, str]) -> int | None:
-    """A port that two jobs on one host don't share, below Linux's ephemeral ports (from 32768 on)."""
+    """A port that two jobs, or two steps of one, on a host don't share, below Linux's ephemeral ports (from 32768 on).
+
+    Numbers of jobs that run at the same time are close to each other, hence the odd distance between steps.
+    """
     job = _first_number(env, "SLURM_JOB_ID", "SLURM_JOBID")
-    return None if job is None else 20000 + job % 10000
+    step = _first_number(env, "SLURM_STEP_ID", "SLURM_STEPID") or 0
+    return None if job is None else 20000 + (job + 3001 * step) % 10000
 
 
 def _port(env: Mapping[str, str]) -> int | None:

@@ -9,6 +9,7 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
+from megagpt.dist import preflight
 from megagpt.errors import CheckpointError, Stopped
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
@@ -35,6 +36,8 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
     with folder.locked(plan.run_dir):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
+        if plan.settings.preflight != "no":
+            preflight.check(world, plan.run_dir, device, slow_too=plan.settings.preflight == "stop")
         stop.watch(plan.run_dir, plan.settings)
         try:
             _train(plan, world, device, begun, stop)

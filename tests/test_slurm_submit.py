@@ -1,0 +1,125 @@
+"""``megagpt slurm`` and the scripts that train nothing, on a real Slurm of two nodes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+
+from megagpt.data.main import data_main, prepare_main
+
+ROOT = Path(__file__).parent.parent
+MISSING = slurm_cluster.missing()
+
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"this machine lacks {', '.join(MISSING)}; .ci/install-slurm"),
+    pytest.mark.timeout(300),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm_cluster.Cluster() as cluster:
+        yield cluster
+
+
+def program(path: Path, text: str) -> Path:
+    """A script that stands for the interpreter."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def megagpt(cluster, *words, cwd: Path = ROOT) -> str:
+    env = {**cluster.env, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "megagpt", *map(str, words)]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_awkward_names_reach_the_ranks_as_they_were_typed(cluster, tmp_path):
+    """Through megagpt slurm submit, sbatch, bash and srun; the run's own folder has such a name as well."""
+    run_dir = tmp_path / 'it\'s a "$HOME" run\n-x;`touch pwned`*'
+    python = program(tmp_path / "show", '#!/bin/bash\nprintf "%s\\0" "$@" >"$TMPDIR/argv$SLURM_PROCID"\n')
+    arguments = ["--run_dir", run_dir, "--data", "-x", "--note=$(touch pwned) {{ 1 }}", "", " \t", "é\u202e"]
+    flags = ["--nodes", 2, "--gpus_per_node", 1, "--cpus_per_task", 1, "--output", tmp_path / "log", "--set"]
+    variables = [f"PYTHON={python}", f"TMPDIR={tmp_path}"]
+    told = megagpt(cluster, "slurm", "submit", *flags, *variables, "--", *arguments, cwd=tmp_path)
+    job = told.split()[1].rstrip(";")
+    assert cluster.wait(job) == "COMPLETED", (tmp_path / "log").read_text()
+    for rank in range(2):
+        argv = (tmp_path / f"argv{rank}").read_bytes().decode().split("\0")[:-1]
+        assert argv[4:] == [str(word) for word in arguments]
+    assert not list(tmp_path.rglob("pwned"))
+    assert not list(tmp_path.glob("megagpt-*"))  # the caches of compiled kernels
+    name = cluster.job(job)["JobName"]
+    assert name.startswith("megagpt-it_s_a_HOME_run_-x_touch_pwned")
+    shown = megagpt(cluster, "slurm", "status", run_dir)
+    assert shown.endswith(f"  job {job} has ended\n".replace("job ", ""))
+
+
+def test_ranks_get_the_variables_that_they_need_and_no_secrets(cluster, tmp_path):
+    python = program(tmp_path / "show", '#!/bin/bash\nenv -0 >"$TMPDIR/env$SLURM_PROCID"\n')
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--cpus-per-task=3", f"--output={tmp_path}/log"]
+    asked = {"PYTHON": str(python), "TMPDIR": str(tmp_path), "NCCL_SOCKET_IFNAME": "ib0", "SERVICE_TOKEN": "hush"}
+    asked |= {"PYTHONPATH": "elsewhere", "WANDB_MODE": "offline", "MEGAGPT_EXPORT": "WANDB_MODE"}
+    job = cluster.sbatch(*flags, "slurm/pretrain.sbatch", "--run_dir", tmp_path / "run", cwd=ROOT, **asked)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    for rank in range(2):
+        text = (tmp_path / f"env{rank}").read_text()
+        env = dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+        assert not {"SERVICE_TOKEN", "PYTHONPATH"} & env.keys()
+        assert env["NCCL_SOCKET_IFNAME"] == "ib0"
+        assert env["WANDB_MODE"] == "offline"
+        assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "3")
+        assert env["SLURM_CPUS_PER_TASK"] == "3"
+        assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert env["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/megagpt-{job}-")
+        assert env["TORCH_EXTENSIONS_DIR"].startswith(f"{tmp_path}/megagpt-{job}-")
+
+
+def test_one_rank_that_fails_ends_the_job_at_once_with_its_code(cluster, tmp_path):
+    """The other one would sleep for minutes; killed, it ends with 143, which is the higher code and not the cause."""
+    fails = 'echo 7 >"$MEGAGPT_EXIT_FILE"; exit 7'
+    python = program(tmp_path / "fails", f"#!/bin/bash\nif ((SLURM_PROCID)); then {fails}; fi\nsleep 250\n")
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    words = ["--run_dir", tmp_path / "run"]
+    begun = time.monotonic()
+    job = cluster.sbatch(*flags, "slurm/finetune.sbatch", *words, cwd=ROOT, PYTHON=str(python))
+    assert cluster.wait(job) == "FAILED", cluster.output(job)
+    assert time.monotonic() - begun < 15
+    assert cluster.job(job)["ExitCode"] == "7:0"
+    assert cluster.job(job)["Restarts"] == "0"
+    assert not cluster.processes()
+
+
+def test_a_corpus_prepared_in_shards_is_that_of_one_process(cluster, tmp_path, texts, tokenizer):
+    common = ["--input", str(tmp_path / "input"), "--tokenizer", str(tokenizer), "--valid_fraction", "0.2"]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    words = [*common, "--output", tmp_path / "sharded"]
+    job = cluster.sbatch(*flags, "slurm/preprocess.sbatch", *words, cwd=ROOT, PYTHON=sys.executable)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert prepare_main([*common, "--output", str(tmp_path / "alone")]) == 0
+    for name in ("", "-valid"):
+        for ending in (".bin", ".idx"):
+            ours, theirs = (tmp_path / f"{prefix}{name}{ending}" for prefix in ("sharded", "alone"))
+            assert ours.read_bytes() == theirs.read_bytes(), ours
+    assert data_main(["verify", str(tmp_path / "sharded")]) == 0
+
+
+def test_a_container_gets_the_folders_and_the_command(cluster, tmp_path):
+    """The container's own program is missing here: one that shows what it was asked to do stands for it."""
+    shows = program(tmp_path / "apptainer", '#!/bin/bash\nprintf "%s\\0" "$@" >"$TMPDIR/argv"\n')
+    flags = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    asked = {"APPTAINER": str(shows), "IMAGE": "my image.sif", "TMPDIR": str(tmp_path), "MOUNTS": "/data/some where"}
+    job = cluster.sbatch(*flags, "slurm/container.sbatch", "--run_dir", tmp_path / "run", cwd=ROOT, **asked)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    argv = (tmp_path / "argv").read_bytes().decode().split("\0")[:-1]
+    bound = [word for folder in (ROOT, ROOT, tmp_path, "/data/some where") for word in ("--bind", str(folder))]
+    expected = ["exec", "--nv", "--pwd", str(ROOT), *bound, "my image.sif", "python", "-u", f"{ROOT}/train.py"]
+    assert argv[: len(expected)] == expected
+    assert argv[-2:] == ["--run_dir", str(tmp_path / "run")]
