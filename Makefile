@@ -17,7 +17,7 @@ help:
 	@echo "make test         install and run the tests"
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
 	@echo "make lint         check style"
-	@echo "make bench        measure data preparation, training and checkpoints on this CPU"
+	@echo "make bench        measure data preparation, training, fine-tuning and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
 
@@ -53,6 +53,7 @@ lint: install
 bench: install
 	$(BIN)/python kernels/benchmarks/cpu_data.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_train.py --output build/bench
+	$(BIN)/python kernels/benchmarks/cpu_finetune.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_checkpoint.py --output build/bench
 
 # Uses PYTHON where that has a torch that sees the GPU, else the virtual environment.

@@ -12,6 +12,7 @@ REPO = Path(__file__).parent.parent
 SECTIONS = {
     "cpu_data": {"prepare", "reads", "huge"},
     "cpu_train": {"quick fp32", "quick bf16"},
+    "cpu_finetune": {"quick"},
     "cpu_checkpoint": {"save", "restart"},
 }
 

@@ -114,16 +114,19 @@ def serve_peers(pipe, shape: Shape, precision: str) -> None:
 
 
 def serve(pipe, variants: Peers, shape: Shape) -> None:
+    time_on_request(pipe, variants.steps(), shape.steps, warm_up=min(3, 2 * shape.steps))
+
+
+def time_on_request(pipe, steps: dict, together: int, *, warm_up: int) -> None:
     """Take steps until there is nothing more asked for; what the first steps set up is not timed."""
     import torch
 
-    steps = variants.steps()
     for step in steps.values():
-        for _ in range(min(3, 2 * shape.steps)):
+        for _ in range(warm_up):
             step()
     pipe.send((list(steps), torch.get_num_threads()))
     while (name := pipe.recv()) is not None:
-        pipe.send(timing.timed(lambda: [steps[name]() for _ in range(shape.steps)]) / shape.steps)
+        pipe.send(timing.timed(lambda: [steps[name]() for _ in range(together)]) / together)
 
 
 if __name__ == "__main__":

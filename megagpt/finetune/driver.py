@@ -6,6 +6,8 @@ the backward pass ends where the frozen part begins. Weights pass from phase to 
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +46,13 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
 
 def finetune(plan: FinetunePlan, world: dist.World, device: torch.device, stop: StopRequests | None = None) -> None:
     """Run to the end; raises a MegaGPTError for whatever the user can mend, and Stopped where ``stop`` asks for it."""
-    stop = stop or StopRequests()
+    with opened(plan, world, device, stop or StopRequests()) as run:
+        run.run()
+
+
+@contextmanager
+def opened(plan: FinetunePlan, world: dist.World, device: torch.device, stop: StopRequests) -> Iterator["Run"]:
+    """The run with its folder to itself, before its first phase."""
     with folder.locked(plan.run_dir):
         stop.watch(plan.run_dir, plan.settings)
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
@@ -54,7 +62,7 @@ def finetune(plan: FinetunePlan, world: dist.World, device: torch.device, stop: 
         description = {**plan.describe(), "kernels": kernels.describe(ops, choice)}
         run = Run(plan, world, device, ops, description, source, needed, notes, stop)
         try:
-            run.run()
+            yield run
         finally:
             run.close()
 
@@ -82,7 +90,7 @@ class Run:
         if self.source is not None:
             step = checkpoint.read_state(self.source).step
         index = next(p.index for p in plan.phases if step <= p.end)
-        held = dist.everywhere(lambda: self._first_weights(index) if dist.is_main() else {})
+        held = self.first_weights(index)
         for phase in plan.phases[index:]:
             held = self._phase(phase, held)
             if self._is_out_of_patience(phase):
@@ -92,8 +100,13 @@ class Run:
         dist.everywhere(lambda held=held: self._keep_last(held))
         self._finish()
 
-    def _first_weights(self, index: int) -> weights.Weights:
-        return weights.initial(self.plan) if index == 0 else weights.read(self._handed_over(index))
+    def first_weights(self, index: int) -> weights.Weights:
+        """What phase ``index`` begins with, on rank 0."""
+
+        def read() -> weights.Weights:
+            return weights.initial(self.plan) if index == 0 else weights.read(self._handed_over(index))
+
+        return dist.everywhere(lambda: read() if dist.is_main() else {})
 
     def _handed_over(self, index: int) -> Path:
         """The weights with which phase ``index`` begins."""
@@ -114,6 +127,21 @@ class Run:
 
     def _phase(self, phase: PhasePlan, held: weights.Weights) -> weights.Weights:
         """Train one phase from ``held``; the weights after it, both on rank 0."""
+        engine, loop = self.open_phase(phase, held)
+        frozen = weights.digests(engine.module, lambda p: not p.requires_grad)
+        while self.state.step < phase.end and not self._is_out_of_patience(phase):
+            loop.advance()
+        weights.average_buffers(engine.module)
+        if weights.digests(engine.module, lambda p: not p.requires_grad) != frozen:
+            raise AssertionError(f"phase {phase.phase.name} changed parameters that it was to leave alone")
+        held = weights.collect(engine, held, self.plan.config)
+        engine.destroy()
+        del loop, engine
+        gc.collect()
+        return held
+
+    def open_phase(self, phase: PhasePlan, held: weights.Weights) -> tuple[object, Loop]:
+        """A phase's engine and the loop that trains it, from ``held`` on rank 0 or the checkpoint to go on from."""
         plan = self.plan
         seed_all(plan.settings.seed + 1 + self.world.rank + 1_000_003 * phase.index)
         engine, rates = open_engine(plan, phase, held, self.ops, self.device, monitored=self.log is None)
@@ -124,18 +152,7 @@ class Run:
         if self.log is None:
             self._open_log(engine)
         self._say_phase(phase, rates)
-        frozen = weights.digests(engine.module, lambda p: not p.requires_grad)
-        loop = self._loop(engine, phase, rates, held)
-        while self.state.step < phase.end and not self._is_out_of_patience(phase):
-            loop.advance()
-        weights.average_buffers(engine.module)
-        if weights.digests(engine.module, lambda p: not p.requires_grad) != frozen:
-            raise AssertionError(f"phase {phase.phase.name} changed parameters that it was to leave alone")
-        held = weights.collect(engine, held, plan.config)
-        engine.destroy()
-        del loop, engine
-        gc.collect()
-        return held
+        return engine, self._loop(engine, phase, rates, held)
 
     def _loop(self, engine, phase: PhasePlan, rates: list[float], held: weights.Weights) -> Loop:
         plan, config = self.plan, self.plan.config
