@@ -237,6 +237,11 @@ def test_a_smaller_training_set_keeps_every_class_and_its_share():
     small, large = data.limited(50, seed=3).train.examples, data.limited(200, seed=3).train.examples
     assert set(small) <= set(large)
     assert small != data.limited(50, seed=4).train.examples
+    kept = data.limited(50, seed=3, rest_as_text=True)
+    assert kept.train.examples == small
+    assert {e.id for e in kept.unlabelled.examples} == {e.id for e in data.train.examples} - {e.id for e in small}
+    assert all(e.label is None for e in kept.unlabelled.examples)
+    assert kept.identity() != data.limited(50, seed=3).identity()
     for limit in (0, -1, 1.5):
         with pytest.raises(ConfigError, match="limit_train"):
             data.limited(limit)

@@ -72,11 +72,12 @@ class TaskData:
         yield from self.valid.values()
         yield from self.test.values()
 
-    def limited(self, limit: int | float, seed: int = 0) -> "TaskData":
+    def limited(self, limit: int | float, seed: int = 0, *, rest_as_text: bool = False) -> "TaskData":
         """The same task with fewer training examples: a number of at least 1, or a fraction below 1.
 
         Every class keeps its share, and at least one example where the limit allows it. A larger limit with the same
-        seed contains the smaller one's examples of each class. Raises ConfigError for a limit that is not positive.
+        seed contains the smaller one's examples of each class. ``rest_as_text``: the others are unlabelled text. Raises
+        ConfigError for a limit that is not positive.
         """
         n = len(self.train)
         if not limit > 0 or (limit >= 1 and limit != int(limit)):
@@ -84,7 +85,12 @@ class TaskData:
         wanted = min(n, int(limit) if limit >= 1 else max(1, round(limit * n)))
         chosen = _stratified([_stratum(e.label) for e in self.train.examples], wanted, seed)
         examples = tuple(self.train.examples[i] for i in chosen)
-        return replace(self, train=replace(self.train, examples=examples))
+        limited = replace(self, train=replace(self.train, examples=examples))
+        if not rest_as_text:
+            return limited
+        taken, others = set(chosen), self.unlabelled.examples if self.unlabelled else ()
+        rest = tuple(replace(e, label=None) for i, e in enumerate(self.train.examples) if i not in taken)
+        return replace(limited, unlabelled=Split("unlabelled", (*others, *rest)))
 
     def identity(self) -> dict:
         """Task, sizes and a hash of every split, which tell whether a checkpoint was made from the same data."""

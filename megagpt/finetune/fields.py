@@ -8,6 +8,8 @@ from megagpt.config.fields import ALIASES, stop_signal
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError
 
+REST = "rest"
+
 
 @dataclass(frozen=True)
 class FinetuneSettings:
@@ -26,7 +28,8 @@ class FinetuneSettings:
     train: str | None = None  # training examples
     valid: str | None = None  # validation examples
     test: str | None = None  # examples to predict; labels may be missing
-    unlabelled: str | None = None  # more texts, for the language model's phase of ulmfit
+    # more texts, for the language model's phase of ulmfit; rest: of the examples that --limit_train leaves out
+    unlabelled: str | None = None
     kind: Literal["classify", "entail", "similar", "choose", "multilabel", "regress"] = "classify"  # what is asked
     text_column: str = "text"  # column of the text, or two: premise,hypothesis
     label_column: str = "label"  # column of the label; multilabel: or a column of 0 and 1 for each label, a,b,c
@@ -122,6 +125,10 @@ class FinetuneSettings:
             yield f"--task {self.task} needs --task_data, the folder with its files"
         elif self.train is not None and self.valid is None:
             yield "--train needs --valid, the examples that decide which checkpoint is best"
+        if self.unlabelled == REST and self.limit_train is None:
+            yield "--unlabelled rest is of the examples that --limit_train leaves out; give that too"
+        elif self.unlabelled not in (None, REST) and self.task is not None:
+            yield f"--unlabelled {self.unlabelled} goes with --train; with --task it can be rest"
         if self.gradient_windows is not None and self.document_tokens is None:
             yield "--gradient_windows is for long documents, which --document_tokens cuts in windows"
         if self.n_choices is not None and (self.task is not None or self.kind != "choose"):

@@ -11,7 +11,7 @@ from megagpt.evaluate.main import find_tokenizer
 from megagpt.finetune import own_data, tasks
 from megagpt.finetune.batches import Encoded
 from megagpt.finetune.examples import Split, TaskData
-from megagpt.finetune.fields import FinetuneSettings
+from megagpt.finetune.fields import REST, FinetuneSettings
 from megagpt.finetune.score import check_metrics, default_metrics
 from megagpt.finetune.spec import TaskSpec
 from megagpt.finetune.transforms import N_TASK_TOKENS, TaskTokens, Texts, Transform, Unit, stream
@@ -31,7 +31,9 @@ def load_data(settings: FinetuneSettings) -> TaskData:
         chosen = names(settings.metrics)
         check_metrics(chosen, data.kind, len(data.labels), ordinal=data.ordinal)
         data = replace(data, metrics=chosen)
-    return data if settings.limit_train is None else data.limited(settings.limit_train, settings.seed)
+    if settings.limit_train is None:
+        return data
+    return data.limited(settings.limit_train, settings.seed, rest_as_text=settings.unlabelled == REST)
 
 
 def _own_data(settings: FinetuneSettings) -> TaskData:
@@ -53,7 +55,7 @@ def _own_data(settings: FinetuneSettings) -> TaskData:
         metrics=names(settings.metrics or ""),
         n_choices=settings.n_choices,
         hierarchy=settings.hierarchy,
-        unlabelled=settings.unlabelled,
+        unlabelled=None if settings.unlabelled == REST else settings.unlabelled,
     )
 
 
