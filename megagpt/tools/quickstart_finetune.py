@@ -23,13 +23,16 @@ EPOCHS = 3
 def main(argv: list[str] | None = None) -> int:
     """Pre-train unless that is done, fine-tune twice, report; the exit code of the first command that fails, else 0."""
     parser = argparse.ArgumentParser(prog="make quickstart-finetune", description=__doc__.partition("\n")[0])
-    parser.add_argument("--init_from", type=Path, default=quickstart.RUN_DIR, help="folder of the pre-trained run")
+    parser.add_argument(
+        "--init_from", type=Path, default=quickstart.RUN_DIR, help="the pre-trained run, or a .safetensors file"
+    )
     parser.add_argument("--task_data", type=Path, default=TASK, help="folder of the task's files")
     parser.add_argument("--run_dir", type=Path, default=RUN_DIR, help="folder of the two fine-tuning runs")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the task's training file")
     parser.add_argument("--limit_train", type=int, help="training examples; all of them by default")
     args = parser.parse_args(argv)
-    if not (args.init_from / "summary.json").exists() and (code := quickstart.main(["--run_dir", str(args.init_from)])):
+    is_there = args.init_from.suffix == ".safetensors" or (args.init_from / "summary.json").exists()
+    if not is_there and (code := quickstart.main(["--run_dir", str(args.init_from)])):
         return code
     write_task(args.task_data)
     for name, flags in (("pretrained", []), ("from_scratch", ["--from_scratch"])):
