@@ -23,7 +23,7 @@ _MOST_CLOCK = 2.0  # seconds that two hosts' clocks may differ; locks and "newer
 _SHM_PER_RANK = 40 << 20  # bytes; NCCL takes some 33 MB of /dev/shm a peer, and Docker gives 64 MB in all
 _SLOW = {"cuda": 0.8, "cpu": 0.5}  # of the best rank's matrix products; cores are shared, GPUs are not
 _SLOW_LINK = 0.5  # of the median bandwidth
-_MOST_ROUNDS = 16  # of pairs; with 17 hosts or fewer every pair is measured
+_MOST_ROUNDS = 16  # of pairs; with 16 hosts or fewer every pair is measured
 _TIMEOUT = timedelta(minutes=2)
 
 
