@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "ops": {"megagpt_kernels"},
     "model": {"ops"},
     "train": {"model", "data", "ops", "config", "dist", "evaluate.perplexity"},
-    "evaluate": {"model", "data", "ops", "config", "dist", "train.checkpoint"},
+    "evaluate": {"model", "data", "ops", "config", "dist", "train.checkpoint", "train.manifest"},
     "tools": {"model", "data", "ops", "config", "dist"},
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.main"},
     "cli": {"dist"},
