@@ -3,7 +3,7 @@
     report = compile_launches(lambda: attention._forward(q, k, v, ...), arch=90)  # with tensors on the meta device
 
 Triton's own launcher makes each kernel, from the same arguments as on a GPU: it is only told of a device that is not
-there, and from then on the process can launch nothing. TRITON_INTERPRET may not be set.
+there. TRITON_INTERPRET may not be set.
 """
 
 import functools
@@ -21,7 +21,12 @@ from megagpt_kernels import runtime
 
 # Shared memory that one block may take, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability". Registers have a limit of 255 a thread on all of these.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    **dict.fromkeys((75,), 64 * 1024),
+    **dict.fromkeys((86, 89, 120, 121), 99 * 1024),
+    **dict.fromkeys((80, 87), 163 * 1024),
+    **dict.fromkeys((90, 100, 103, 110), 227 * 1024),
+}
 
 # Matrix instructions as cuobjdump names them: Ampere's mma, Hopper's wgmma, Blackwell's tcgen05.mma.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
@@ -64,17 +69,19 @@ class _Device:
         return 0
 
 
-def compile_launches(work: Callable[[], object], arch: int) -> list[Kernel]:
+def compile_launches(work: Callable[[], object], arch: int, *, only: str = "") -> list[Kernel]:
     """The kernels that ``work`` launches, each once, in order, compiled for compute capability ``arch`` / 10.
 
-    ``work`` runs an operation on tensors on the meta device. Raises what Triton raises for a kernel that it cannot
-    compile.
+    ``work`` runs an operation on tensors on the meta device; ``only`` is the name of the one kernel that counts.
+    Raises what Triton raises for a kernel that it cannot compile.
     """
     if runtime.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
     found: dict[str, Kernel] = {}
 
     def compile_one(kernel, args, options) -> None:
+        if only and kernel.__name__ != only:
+            return
         begun = time.perf_counter()
         compiled = kernel.warmup(*args, grid=(1,), **options)
         if compiled.hash not in found:
@@ -82,8 +89,11 @@ def compile_launches(work: Callable[[], object], arch: int) -> list[Kernel]:
             found[compiled.hash] = _describe(compiled, arch, constants, time.perf_counter() - begun)
 
     triton.runtime.driver.set_active(_Device(arch))
-    with runtime.recording(compile_one, divmod(arch, 10)):
-        work()
+    try:
+        with runtime.recording(compile_one, divmod(arch, 10)):
+            work()
+    finally:
+        triton.runtime.driver.set_active(None)  # the one that is there, if any, when it is next asked for
     return list(found.values())
 
 

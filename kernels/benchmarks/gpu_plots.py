@@ -36,7 +36,7 @@ def _draw_op(report: Report, op: str, rows: list[dict], stem: Path) -> Path:
         panel.plot(list(floors.values()), "k_", markersize=40, label="at the floor")
         panel.set_ylabel(unit)
         panel.set_title(f"{op}, {key[2]}, {key[0]}, dropout {key[1]:g}", fontsize=9)
-        panel.legend(fontsize=7, ncols=5)
+        panel.legend(fontsize=7, ncols=5, markerscale=0.25)
     return _save(figure, report, stem, op)
 
 
