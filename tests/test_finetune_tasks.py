@@ -142,7 +142,7 @@ def test_race_is_read_from_its_folders_and_from_json_lines(tmp_path):
     ]
     assert len(lines.train) == 4
     write(tmp_path / "lines/race/dev.high.jsonl", {**passage, "options": [list("abcd"), list("abc")]})
-    with pytest.raises(DataError, match=r"dev\.high\.jsonl:1: 3 choices where 4 are needed"):
+    with pytest.raises(DataError, match=r"dev\.high\.jsonl:1: 3 choices where every example must have 4"):
         load_task("race_high", tmp_path / "lines")
 
 
