@@ -3,6 +3,8 @@ TORCH ?= torch==2.13.0
 # Builds of torch for CUDA bring their own Triton; others get this one, for the tests of the kernels.
 TRITON ?= triton==3.6.0
 PYTHON ?= python3
+# processes that share the tests
+JOBS ?= 2
 # where make gpu writes
 OUT ?= runs/gpu
 VENV := .venv
@@ -40,8 +42,9 @@ quickstart: install
 quickstart-finetune: install
 	$(BIN)/python -m megagpt.tools.quickstart_finetune
 
+# Whole files go to JOBS processes: what a file's tests share is made once.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 slurm-test: install
 	.ci/install-slurm

@@ -70,18 +70,16 @@ def ranks_of(command):
 
 
 def megagpt(arguments, cwd):
-    """Run ``megagpt`` in ``cwd``; what it printed."""
-    script = "import sys; from megagpt.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, f"megagpt {shlex.join(arguments)}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    """Run ``megagpt`` in ``cwd``."""
+    [(code, output)] = run_ranks(_megagpt_in, 1, str(cwd), arguments)
+    assert code == 0, f"megagpt {shlex.join(arguments)}\n{output}"
+
+
+def _megagpt_in(folder, arguments):
+    from megagpt.cli import main
+
+    os.chdir(folder)
+    return main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,8 @@ def _finetune_in(folder, arguments):
 def run_in(workplace, command):
     """Run one of the README's commands, made small, in the user's folder."""
     if command[0] == "megagpt":
-        return megagpt([word.replace("train:8192", "train:300") for word in command[1:]], workplace)
+        megagpt([word.replace("train:8192", "train:300") for word in command[1:]], workplace)
+        return
     if "finetune.py" in command:
         work, arguments = _finetune_in, command[command.index("finetune.py") + 1 :]
     else:
@@ -133,7 +132,6 @@ def run_in(workplace, command):
     results = run_ranks(work, ranks_of(command), str(workplace), arguments)
     output = "".join(text for _, text in results)
     assert [code for code, _ in results] == [0] * len(results), output
-    return output
 
 
 @pytest.mark.timeout(900)  # a dozen commands
