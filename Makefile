@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
-	@echo "make quickstart-finetune   the same model fine-tuned: which package does a docstring belong to?"
+	@echo "make quickstart-finetune   pre-train, fine-tune, compare: which package does a docstring belong to? Under five minutes"
 	@echo "make test         install and run the tests"
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
 	@echo "make lint         check style"

@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune_common import ds_config, pretrained, write_csv
 
 from megagpt.cli import main as megagpt
+from megagpt.tools import quickstart, quickstart_finetune
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -66,3 +67,16 @@ def test_the_quickstart_of_fine_tuning_compares_pre_training_with_none(tmp_path)
         assert summary["from_scratch"] == (name == "from_scratch")
         assert summary["train_examples"] == 64
         assert f"{summary['metrics']['valid']['accuracy']:.1%}" == f"{percent}%"
+
+
+def test_the_quickstart_of_fine_tuning_pre_trains_where_no_one_has(tmp_path, monkeypatch):
+    """Its own model, once made, stays the one that it goes on from."""
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(quickstart, "main", lambda argv: trained.append(argv) or 1)
+    assert quickstart_finetune.main(["--run_dir", "runs/mine"]) == 1  # as the pre-training ends
+    assert trained == [["--run_dir", "runs/mine/model", "--steps", "400"]]
+    for path in (quickstart.RUN_DIR, tmp_path / "runs/mine/model"):
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text("{}")
+        assert quickstart_finetune._pretrained(tmp_path / "runs/mine") == path
