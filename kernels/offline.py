@@ -30,6 +30,7 @@ SHARED_LIMIT = {
 
 # Matrix instructions as cuobjdump names them: Ampere's mma, Hopper's wgmma, Blackwell's tcgen05.mma.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+_BLOCK_LOAD = re.compile(r"\bUTMALDG\b")
 _LOAD_128 = re.compile(r"\b(?:LDG|LDGSTS)\.\S*128")
 
 
@@ -48,6 +49,7 @@ class Kernel:
     products: bool  # whether tiles are multiplied
     tensor_core: dict[str, int]  # matrix instructions, by name
     wide_loads: int  # instructions that load 16 bytes a thread
+    block_loads: int  # instructions by which the tensor memory accelerator loads a block
     instructions: int
     seconds: float  # to compile; next to nothing when Triton's cache has it
     key: str  # equal for equal machine code
@@ -121,6 +123,7 @@ def _describe(compiled, arch: int, constants: dict, seconds: float) -> Kernel:
         products="tt.dot" in compiled.asm["ttir"],
         tensor_core=counts,
         wide_loads=len(_LOAD_128.findall(code)),
+        block_loads=len(_BLOCK_LOAD.findall(code)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE)),
         seconds=seconds,
         key=compiled.hash,

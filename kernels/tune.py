@@ -61,7 +61,10 @@ class Key(NamedTuple):
 
 
 def candidates(key: Key) -> Iterator[Tile]:
-    """Tiles by preference, without those whose loads alone take more shared memory than there is."""
+    """Tiles by preference, without those whose loads alone take more shared memory than there is.
+
+    Those with descriptors come last: only times on a GPU can speak for them.
+    """
     if key.itemsize == 4:
         shapes = _FLOAT32 if key.K < 128 else ()
     elif key.kernel == "forward":
@@ -71,11 +74,13 @@ def candidates(key: Key) -> Iterator[Tile]:
     shapes += _SMALL if shapes else _SMALLEST
     if key.K == 256 and key.itemsize == 2:
         shapes += _WIDEST
-    pipelined = product(shapes, (3, 2) if key.itemsize == 2 else (2,))
-    for (rows, columns, warps), stages in [*pipelined, *product(shapes, (1,))]:
+    pipelined = [*product(shapes, (3, 2) if key.itemsize == 2 else (2,))]
+    described = pipelined if key.kernel == "forward" and key.arch >= 90 and WIDTHS[key.K][1] == 0 else []
+    forms = [*product(pipelined, [False]), *product(product(shapes, (1,)), [False]), *product(described, [True])]
+    for ((rows, columns, warps), stages), descriptors in forms:
         if 2 * stages * columns * key.K * key.itemsize <= ROOM[key.arch]:
             queries, keys = (columns, rows) if key.kernel.startswith("dkdv") else (rows, columns)
-            yield Tile(queries, keys, warps, stages)
+            yield Tile(queries, keys, warps, stages, descriptors)
 
 
 def work(key: Key, T: int, device: str) -> Callable[[], None]:
@@ -159,7 +164,7 @@ def text(table: dict) -> str:
 # fmt: off
 
 # (kernel, head width, bytes of an element, dropout, compute capability * 10):
-#     ((longest T, or None for any, (queries, keys, warps, stages)), ...)
+#     ((longest T, or None for any, (queries, keys, warps, stages, descriptors)), ...)
 TABLE = {{
 {rows}
 }}

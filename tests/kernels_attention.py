@@ -11,8 +11,9 @@ QUERIES, KEYS = 16, 32
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-def use_tiles(monkeypatch, queries=QUERIES, keys=KEYS):
-    monkeypatch.setattr(attention_tiles, "choose", lambda *_, **__: Tile(queries, keys, warps=4, stages=1))
+def use_tiles(monkeypatch, queries=QUERIES, keys=KEYS, *, descriptors=False):
+    tile = Tile(queries, keys, warps=4, stages=1, descriptors=descriptors)
+    monkeypatch.setattr(attention_tiles, "choose", lambda *_, **__: tile)
 
 
 def make_inputs(B, H, Tq, Tkv, K, dtype=torch.float32, device="cpu", seed=0):

@@ -8,7 +8,7 @@ from kernels_attention import DTYPES, KEYS, QUERIES, assert_as_accurate, check, 
 
 from megagpt.ops import torch_ops
 from megagpt.ops.masks import HashedMasks
-from megagpt_kernels import attention
+from megagpt_kernels import attention, attention_forward, packed_attention
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,24 @@ def test_any_shape_is_as_accurate_as_torch(device, data):
     inputs = make_inputs(B, H, Tq, Tkv, draw(st.sampled_from([32, 80]), "K"), device=device, seed=Tq)
     options = {"causal": causal, "dropout_p": dropout_p, "cu_seqlens": cu_seqlens}
     check(inputs, draw(st.booleans(), "deterministic"), **options, seed=torch.tensor(9, device=device))
+
+
+@pytest.mark.parametrize("K", [32, 64, 80])
+def test_descriptors_change_nothing(K, device, monkeypatch):
+    """Heads of 80, in two parts, and what lies off 16 bytes are loaded as without."""
+    T, options = 45, {"dropout_p": 0.2, "seed": torch.tensor(3, device=device), "deterministic": True}
+    options["cu_seqlens"] = torch.tensor([0, 13, T], device=device)
+    qkv = torch.stack([x.transpose(1, 2) for x in make_inputs(2, 2, T, T, K, torch.float16, device)[:3]], 2)
+    shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype, device=device)[1:].view(qkv.shape).copy_(qkv)
+    expected = packed_attention(qkv, **options)
+    used = []
+    launch = attention_forward.launch
+    note = lambda *args, **kwargs: (used.append(kwargs.get("DESCRIPTORS")), launch(*args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(attention_forward, "launch", note)
+    use_tiles(monkeypatch, descriptors=True)
+    assert torch.equal(packed_attention(qkv, **options), expected)
+    assert torch.equal(packed_attention(shifted, **options), expected)
+    assert [each for each in used if each is not None] == [K != 80, False]
 
 
 # --- documents

@@ -80,16 +80,21 @@ from tune import Key, Tile
 tune.candidates = lambda key: [Tile(*tile) for tile in json.loads(sys.argv[1])]
 key = Key("forward", 128, 2, False, 90)
 print(json.dumps([tune.astuple(tile) for tile in tune.fitting(key)]))
+with tune.attention_tiles.forced({"forward": Tile(64, 64, 4, 2, True)}):
+    kernels = tune.compile_launches(tune.work(key, 512, "meta"), 90, only="_attention_forward_kernel")
+print([kernel.block_loads for kernel in kernels])
 """
 
 
 def test_what_spills_or_takes_too_much_or_misses_the_tensor_cores_is_dropped():
-    spills, too_much, no_wgmma = (128, 128, 4, 2), (128, 128, 8, 4), (32, 64, 4, 2)
-    fit = [(128, 64, 8, 2), (64, 64, 4, 2)]
+    spills, too_much, no_wgmma = (128, 128, 4, 2, False), (128, 128, 8, 4, False), (32, 64, 4, 2, False)
+    fit = [(128, 64, 8, 2, False), (64, 64, 4, 2, True)]
     tiles = [spills, fit[0], too_much, no_wgmma, fit[1]]
     done = uninterpreted("-c", PRUNE, json.dumps(tiles))
     assert done.returncode == 0, done.stderr
-    assert [tuple(tile) for tile in json.loads(done.stdout)] == fit
+    fitting, block_loads = map(json.loads, done.stdout.splitlines())
+    assert [tuple(tile) for tile in fitting] == fit
+    assert block_loads[0] > 0
 
 
 def test_without_a_gpu_the_first_tile_that_fits_is_written_and_it_says_that_none_was_timed(tune, tmp_path):
@@ -118,12 +123,24 @@ def test_candidates_leave_room_for_what_they_load(tune):
     assert max(2 * tile.stages * tile.keys * 256 * 4 for tile in tiles) <= 99 * 1024
 
 
+def test_descriptors_are_tried_last_and_where_they_can_load(tune):
+    described = [tile.descriptors for tile in tune.candidates(tune.Key("forward", 64, 2, False, 90))]
+    assert set(described) == {False, True}
+    assert described == sorted(described)
+    for other in (("forward", 64, 2, False, 80), ("forward", 80, 2, False, 90), ("dkdv", 64, 2, False, 90)):
+        assert not any(tile.descriptors for tile in tune.candidates(tune.Key(*other)))
+
+
 def test_a_row_is_of_the_fastest_tiles_and_equal_lengths_are_one(tune, monkeypatch):
     tiles = {512: Tile(1, 1, 1, 1), 1024: Tile(1, 1, 1, 1), 2048: Tile(2, 2, 2, 2), 8192: Tile(3, 3, 3, 3)}
     monkeypatch.setattr(tune, "fitting", lambda key: iter(tiles.values()))
     monkeypatch.setattr(tune, "fastest", lambda key, found, T, clock: tiles[T])  # what only a GPU can tell
     found = tune.row(tune.Key("forward", 64, 2, False, 90), clock=object())
-    assert found == ((1024, (1, 1, 1, 1)), (2048, (2, 2, 2, 2)), (None, (3, 3, 3, 3)))
+    assert [(longest, Tile(*tile)) for longest, tile in found] == [
+        (1024, tiles[1024]),
+        (2048, tiles[2048]),
+        (None, tiles[8192]),
+    ]
     monkeypatch.setattr(tune, "fitting", lambda key: iter(()))
     with pytest.raises(SystemExit, match="no tile fits"):
         tune.row(tune.Key("forward", 64, 2, False, 90), clock=None)

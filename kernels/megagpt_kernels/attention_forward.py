@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megagpt_kernels import attention_tiles
 from megagpt_kernels.attention_parts import (
@@ -67,14 +68,26 @@ class Setting:
 
 
 @triton.jit
+def _load_keys(
+    ptr, n, stride, Tkv, head, H, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, KEYS: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    """:func:`load` of keys or values n ... n + KEYS, from a pointer to the head or a descriptor of all heads."""
+    if DESCRIPTORS:
+        return (ptr.load([head // H, head % H, n, 0]).reshape(KEYS, W0),)
+    else:  # noqa: RET505  (Triton would compile it for descriptors too)
+        return load(ptr, n, stride, Tkv, MASKED, KEYS, W0, W1)
+
+
+@triton.jit
 def _step(
     acc, total, highest, q, n, k_ptr, k_stride, v_ptr, v_stride, Tkv, low, high, row_keys, column_keys_ptr,
-    threshold, scale, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr,
-    KEYS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+    threshold, scale, head, H, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, KEYS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running softmax after keys n ... n + KEYS."""
     j = n + tl.arange(0, KEYS)
-    k = load(k_ptr, n, k_stride, Tkv, MASKED, KEYS, W0, W1)
+    k = _load_keys(k_ptr, n, k_stride, Tkv, head, H, MASKED, DESCRIPTORS, KEYS, W0, W1)
     scores = dot_nt(q, k, W1, PRECISION)  # [QUERIES, KEYS]
     if MASKED:
         seen = j[None, :] < high[:, None]
@@ -88,7 +101,7 @@ def _step(
     if DROPOUT:
         column_keys = tl.load(column_keys_ptr + j, mask=j < Tkv, other=0) if MASKED else tl.load(column_keys_ptr + j)
         probs *= tl.where(keep(row_keys[:, None], column_keys[None, :], threshold), 1.0, 0.0)
-    v = load(v_ptr, n, v_stride, Tkv, MASKED, KEYS, W0, W1)
+    v = _load_keys(v_ptr, n, v_stride, Tkv, head, H, MASKED, DESCRIPTORS, KEYS, W0, W1)
     acc = dot_nn(probs, v, scaled(acc, faded[:, None], W1), W1, PRECISION)
     return acc, total, new
 
@@ -97,17 +110,21 @@ def _step(
 def _attention_forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
     row_keys_ptr, column_keys_ptr, bounds_ptr, n_heads, H, group, Tq, Tkv, scale, threshold, multiplier,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v (B, H, T, K) with strides of B, H, T; out likewise; lse (B * H, Tq) float32, base 2."""
+    """q, k, v (B, H, T, K) with strides of B, H, T; out likewise; lse (B * H, Tq) float32, base 2.
+
+    With DESCRIPTORS k_ptr and v_ptr are tensor descriptors, of blocks (1, 1, KEYS, K).
+    """
     n_tiles = tl.cdiv(Tq, QUERIES)
     tile, head = place(n_tiles, n_heads, group)
     m = (n_tiles - 1 - tile) * QUERIES  # the last queries see most: heavy tiles first
     i = m + tl.arange(0, QUERIES)  # [QUERIES]
     q = load(of_head(q_ptr, q_strides, head, H), m, q_strides[2], Tq, True, QUERIES, W0, W1)
-    k_ptr = of_head(k_ptr, k_strides, head, H)
-    v_ptr = of_head(v_ptr, v_strides, head, H)
+    if not DESCRIPTORS:
+        k_ptr = of_head(k_ptr, k_strides, head, H)
+        v_ptr = of_head(v_ptr, v_strides, head, H)
     row = head.to(tl.int64) * Tq
     row_keys = 0
     if DROPOUT:
@@ -123,12 +140,14 @@ def _attention_forward_kernel(
         n = tl.where(t < full, t, t + full_end - full)
         acc, total, highest = _step(
             acc, total, highest, q, n, k_ptr, k_strides[2], v_ptr, v_strides[2], Tkv, low, high,
-            row_keys, column_keys_ptr, threshold, scale, True, DOCUMENTS, DROPOUT, KEYS, W0, W1, PRECISION,
+            row_keys, column_keys_ptr, threshold, scale, head, H,
+            True, DOCUMENTS, DROPOUT, DESCRIPTORS, KEYS, W0, W1, PRECISION,
         )  # fmt: skip
     for n in range(full, full_end, KEYS):
         acc, total, highest = _step(
             acc, total, highest, q, n, k_ptr, k_strides[2], v_ptr, v_strides[2], Tkv, low, high,
-            row_keys, column_keys_ptr, threshold, scale, False, DOCUMENTS, DROPOUT, KEYS, W0, W1, PRECISION,
+            row_keys, column_keys_ptr, threshold, scale, head, H,
+            False, DOCUMENTS, DROPOUT, DESCRIPTORS, KEYS, W0, W1, PRECISION,
         )  # fmt: skip
 
     nothing = total == 0
@@ -142,6 +161,12 @@ def _attention_forward_kernel(
 def with_strides(*tensors: Tensor) -> list:
     """Each tensor (B, H, T, K), unit stride in K, followed by its strides of B, H and T."""
     return [argument for x in tensors for argument in (x, x.stride()[:3])]
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a GPU's tensor memory accelerator can load blocks of x (B, H, T, K): heads in one part, 16-byte steps."""
+    in_steps = all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
+    return in_steps and x.data_ptr() % 16 == 0 and WIDTHS[x.shape[-1]][1] == 0
 
 
 def forward(
@@ -165,10 +190,14 @@ def forward(
         bounds = document_bounds(cu_seqlens, Tkv)
     threshold, multiplier = threshold_and_scale(setting.dropout_p)
     tile = setting.tile("forward", q, k)
+    inputs = with_strides(q, k, v, out.transpose(1, 2))
+    described = tile.descriptors and _describable(k) and _describable(v)
+    if described:
+        inputs[2], inputs[4] = (TensorDescriptor(x, x.shape, x.stride(), [1, 1, tile.keys, K]) for x in (k, v))
     launch(
         _attention_forward_kernel, (triton.cdiv(Tq, tile.queries) * B * H,),
-        *with_strides(q, k, v, out.transpose(1, 2)), lse, keys[: B * H * Tq], keys[B * H * Tq :], bounds,
+        *inputs, lse, keys[: B * H * Tq], keys[B * H * Tq :], bounds,
         B * H, H, heads_in_group(B * H, Tkv, K, q.itemsize), Tq, Tkv, setting.scale * LOG2_E, threshold, multiplier,
-        **tile.options(), **setting.options(q, bounds),
+        DESCRIPTORS=described, **tile.options(), **setting.options(q, bounds),
     )  # fmt: skip
     return out, lse, keys, bounds

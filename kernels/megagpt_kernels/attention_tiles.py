@@ -14,19 +14,23 @@ COLUMNS = (80, 90, 100)  # compute capabilities, times 10, that have rows
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, warps of a program, and stages of its pipeline of loads."""
+    """Queries and keys of a tile, warps of a program, and stages of its pipeline of loads.
+
+    With ``descriptors`` the forward kernel has a GPU's tensor memory accelerator load keys and values, where it can.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
 
     def options(self) -> dict[str, int]:
-        """As compile-time arguments of a kernel."""
+        """As compile-time arguments of every kernel."""
         return {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
     def __str__(self) -> str:
-        return "{} x {}, {} warps, {} stages".format(*astuple(self))
+        return "{} x {}, {} warps, {} stages".format(*astuple(self)) + ", descriptors" * self.descriptors
 
 
 _INTERPRETED = Tile(64, 64, 4, 2)
