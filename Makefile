@@ -11,13 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test slurm-test lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
 	@echo "make quickstart-finetune   pre-train, fine-tune, compare: which package does a docstring belong to? Under five minutes"
 	@echo "make test         install and run the tests"
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
+	@echo "make slurm-soak   every way in which Slurm stops a job, in ten minutes"
 	@echo "make lint         check style"
 	@echo "make bench        measure data preparation, training, fine-tuning and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
@@ -49,6 +50,10 @@ test: install
 slurm-test: install
 	.ci/install-slurm
 	$(BIN)/python -m pytest tests/test_slurm_*.py
+
+slurm-soak: install
+	.ci/install-slurm
+	$(BIN)/python -m pytest tests/soak_slurm.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

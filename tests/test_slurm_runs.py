@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def reach(cluster, job: str, run_dir: Path, step: int) -> None:
     cluster.until(lambda: last_step(run_dir) >= step, 90, f"step {step}", lambda: cluster.output(job))
 
 
-def restart(cluster, job: str, restarts: int) -> None:
+def restart(cluster, job: str, restarts: int, timeout: float = 60) -> None:
     """Wait until the job is back in the queue, and spare it the two minutes that Slurm lets it wait there."""
 
     def requeued() -> bool:
@@ -80,7 +81,7 @@ def restart(cluster, job: str, restarts: int) -> None:
         # Of a start whose script still lives Slurm would take the exit code for that of the next one.
         return found["Restarts"] == str(restarts) and found["JobState"] == "PENDING" and not cluster.processes(job)
 
-    cluster.until(requeued, 60, "the requeue", lambda: f"{cluster.job(job)}\n{cluster.output(job)}")
+    cluster.until(requeued, timeout, "the requeue", lambda: f"{cluster.job(job)}\n{cluster.output(job)}")
     cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
@@ -132,12 +133,19 @@ def test_a_run_that_is_preempted_and_cancelled_ends_as_if_nothing_had_happened(c
     assert len(json.loads((run_dir / "run.json").read_text())["starts"]) == 3
 
 
-def test_a_run_that_loses_a_rank_ends_as_if_nothing_had_happened(cluster, folder, whole):
+def test_a_run_that_loses_a_rank_and_a_node_ends_as_if_nothing_had_happened(cluster, folder, whole):
     run_dir = folder / "broken"
     job = submit(cluster, folder, "pretrain.sbatch", *arguments(folder, run_dir))
     reach(cluster, job, run_dir, 15)
     os.kill(ranks(cluster, job)[1], signal.SIGKILL)
     restart(cluster, job, 1)
+    reach(cluster, job, run_dir, 45)
+    cluster.kill_node("n2")
+    cluster.until(lambda: not ranks(cluster, job), 60, "the end of the ranks", lambda: cluster.output(job))
+    cluster.start_node("n2")
+    cluster.wait_for_nodes("n2")
+    time.sleep(4)  # Slurm itself waits for minutes, and is not done with a node that has just come back
+    restart(cluster, job, 2)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert curve(run_dir) == curve(whole)
     assert not cluster.processes()
@@ -176,3 +184,23 @@ def test_the_runs_of_an_array_share_a_node(cluster, folder):
     assert [run["settings"]["lr"] for run in runs] == [1e-3, 3e-4]
     assert [run["settings"]["seed"] for run in runs] == [1, 2]
     assert [run["starts"][-1]["world_size"] for run in runs] == [2, 2]
+
+
+def test_a_host_that_fails_the_preflight_is_left_out_of_the_next_start(cluster, folder):
+    """On n1 no file can grow beyond 64 kB: its part of the disk is as good as broken."""
+    python = folder / "limited"
+    python.write_text(
+        f'#!/bin/bash\nif [ "$SLURMD_NODENAME" = n1 ]; then ulimit -f 64; fi\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    run_dir = folder / "elsewhere"
+    words = arguments(folder, run_dir, "--max_steps", 2, "--preflight")
+    job = submit(
+        cluster, folder, "pretrain.sbatch", *words, flags=["--nodes=1"], PYTHON=str(python), MEGAGPT_EXCLUDE="1"
+    )
+    restart(cluster, job, 1)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert "preflight: going on without n1: OSError: File too large" in cluster.output(job)
+    assert cluster.job(job)["ExcNodeList"] == "n1"
+    assert cluster.job(job)["BatchHost"] == "n2"
+    assert last_step(run_dir) == 2

@@ -1,0 +1,51 @@
+"""Every way in which Slurm asks a job to stop, one after the other; ten minutes, by ``make slurm-soak``."""
+
+import json
+
+import pytest
+from test_slurm_runs import arguments, cluster, curve, folder, last_step, pytestmark, reach, restart, submit  # noqa: F401
+
+LONG = 1500  # steps: longer than the shortest time limit there is, a minute
+
+
+@pytest.fixture(scope="module")
+def long_run(cluster, folder):  # noqa: F811
+    """The curve of an uninterrupted run, and how to start one like it."""
+
+    def start(name: str, *flags: str) -> tuple[str, object]:
+        run_dir = folder / name
+        words = arguments(folder, run_dir, "--max_steps", LONG, "--save_interval", 200)
+        return submit(cluster, folder, "pretrain.sbatch", *words, flags=flags), run_dir
+
+    job, run_dir = start("long")
+    assert cluster.wait(job, 400) == "COMPLETED", cluster.output(job)
+    return curve(run_dir), start
+
+
+# (flags of sbatch, what is done to the running job, what its log then says). Slurm may send the signal before a time
+# limit up to a minute early: in a job of a minute even before the ranks have started, and then nobody says USR1.
+WAYS = {
+    "signal to the batch script": (["--time=1", "--signal=B:USR1@30"], None, "goes back into the queue"),
+    "signal to the ranks": (["--time=1", "--signal=USR1@30"], None, "goes back into the queue"),
+    "time limit without a signal": (["--time=1", "--signal=B:WINCH@5"], None, "the job ends at"),
+    "scancel with a signal": ([], ["scancel", "--signal=USR1"], "USR1"),
+    "scontrol requeue": ([], ["scontrol", "requeue"], "TERM"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_that_slurm_stops_ends_as_if_nothing_had_happened(way, cluster, long_run, folder):  # noqa: F811
+    flags, command, reason = WAYS[way]
+    expected, start = long_run
+    job, run_dir = start(way.replace(" ", "-"), *flags)
+    if command:
+        reach(cluster, job, run_dir, 100)
+        cluster.ask(*command, job)
+    restart(cluster, job, 1, timeout=120)
+    assert last_step(run_dir) < LONG
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    assert cluster.wait(job, 400) == "COMPLETED", cluster.output(job)
+    assert reason in cluster.output(job)
+    assert f"job {job}, start 2" in cluster.output(job)
+    assert curve(run_dir) == expected
+    assert 1 <= len(json.loads((run_dir / "run.json").read_text())["starts"]) <= 2
