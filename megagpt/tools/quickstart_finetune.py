@@ -18,7 +18,7 @@ from megagpt.tools import quickstart
 
 TASK = Path("data/quickstart-docstrings")
 RUN_DIR = Path("runs/quickstart-finetune")
-EPOCHS = 3
+EPOCHS = 2
 MODEL = "model"  # in the folder of the runs: the pre-trained one
 STEPS = quickstart.STEPS // 2  # of pre-training
 
