@@ -73,6 +73,19 @@ def test_variants_are_lines_of_their_own_and_ablations_stand_beside_the_paper_s(
     ]
 
 
+def test_runs_at_other_rates_are_no_seeds_of_one_another(tmp_path):
+    for i, (lr, epochs) in enumerate([(1e-3, 3), (1e-3, 3), (2e-4, 3), (2e-4, 8)]):
+        write_run(tmp_path / f"a{i}", "rte", dev(accuracy=0.5 + 0.1 * i), seed=i, lr=lr, epochs=epochs)
+    write_run(tmp_path / "b", "trec", dev(accuracy=0.5), lr=1e-3, epochs=3)
+    found = {(line.task, line.variant): line.values for line in report.lines_of(report.find_runs([tmp_path]))}
+    assert found == {
+        ("rte", "full, lr 0.001, 3 epochs"): (50.0, 60.0),
+        ("rte", "full, lr 0.0002, 3 epochs"): (70.0,),
+        ("rte", "full, lr 0.0002, 8 epochs"): (80.0,),
+        ("trec", "full"): (50.0,),
+    }
+
+
 def test_a_result_of_ulmfit_stands_beside_its_article_s(tmp_path):
     write_run(tmp_path / "a", "airline", dev(accuracy=0.8), recipe="ulmfit", head="pooled_mlp", lm_coef=0)
     assert [line.published for line in report.lines_of(report.find_runs([tmp_path]))] == [82.93]

@@ -23,6 +23,7 @@ class Run:
     folder: Path
     task: str
     variant: str  # what was done otherwise than in the paper, or "full"
+    settings: tuple[float, int]  # the last phase's rate, and epochs over the task
     seed: int
     train_examples: int
     metrics: dict[str, dict[str, float]]  # of the best checkpoint: split, metric
@@ -75,6 +76,7 @@ def read_run(folder: Path) -> Run | None:
         folder=folder,
         task=summary["task"],
         variant=variant_of(summary),
+        settings=(summary.get("lr", 0.0), summary.get("epochs", 0)),
         seed=summary.get("seed", 0),
         train_examples=summary.get("train_examples", 0),
         metrics=_scores(summary["metrics"]),
@@ -117,9 +119,11 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
     """The table of ``runs``: tasks in the order in which they come, one line for each split, variant and metric."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.task, run.variant), []).append(run)
+        groups.setdefault((run.task, run.variant, run.settings), []).append(run)
     lines = []
-    for (task, variant), group in groups.items():
+    for (task, variant, settings), group in groups.items():
+        others = [other for *key, other in groups if key == [task, variant]]
+        name = _told_apart(variant, settings, others)
         for split, metrics in _splits(group[0]).items():
             for metric in metrics:
                 values = [_splits(run)[split][metric] for run in group if split in _splits(run)]
@@ -129,7 +133,7 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
                     Line(
                         task,
                         split,
-                        variant,
+                        name,
                         metric,
                         tuple(sorted(shown(metric, value) for value in values)),
                         None if constant is None else shown(metric, constant),
@@ -138,6 +142,12 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
                     )
                 )
     return [*lines, *_glue_averages(lines)]
+
+
+def _told_apart(variant: str, settings: tuple, others: list[tuple]) -> str:
+    """``variant`` and those of the ``settings`` in which the runs of it differ."""
+    rate, epochs = (len(set(values)) > 1 for values in zip(*others, strict=True))
+    return variant + f", lr {settings[0]:g}" * rate + f", {settings[1]} epochs" * epochs
 
 
 def _splits(run: Run) -> dict[str, dict[str, float]]:

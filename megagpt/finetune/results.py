@@ -63,6 +63,8 @@ def summary(plan: FinetunePlan, state: TrainState, found: dict[str, dict], secon
         "n_layer": plan.model.n_layer,
         "backbone": plan.model.backbone,
         "lm_coef": max(p.phase.lm_coef for p in plan.phases),
+        "lr": plan.phases[-1].phase.lr,
+        "epochs": sum(p.phase.epochs for p in plan.phases if p.phase.objective == "task"),
         "from_scratch": settings.from_scratch,
         "limit_train": settings.limit_train,
         "last_start_wall_seconds": seconds,
