@@ -212,7 +212,7 @@ class Cluster:
         text = self.ask("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, job: str, timeout: float = 120) -> str:
+    def wait(self, job: str, timeout: float = 240) -> str:
         """The state in which the job ended, for good."""
 
         def ended() -> bool:
@@ -224,7 +224,7 @@ class Cluster:
     def output(self, job: str) -> str:
         return Path(self.job(job)["StdOut"]).read_text(errors="replace")
 
-    def until(self, condition, timeout: float = 60, what: str = "it", show=lambda: "") -> None:
+    def until(self, condition, timeout: float = 120, what: str = "it", show=lambda: "") -> None:
         self._until(condition, timeout, what, show)
 
     def _until(self, condition, timeout: float, what: str, show=lambda: "") -> None:

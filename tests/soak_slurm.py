@@ -1,11 +1,12 @@
 """Every way in which Slurm asks a job to stop, one after the other; ten minutes, by ``make slurm-soak``."""
 
 import json
+import os
 
 import pytest
 from test_slurm_runs import arguments, cluster, curve, folder, last_step, pytestmark, reach, restart, submit  # noqa: F401
 
-LONG = 1500  # steps: longer than the shortest time limit there is, a minute
+LONG = int(os.environ.get("SOAK_STEPS", "1500"))  # longer than half of the shortest time limit there is, a minute
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def long_run(cluster, folder):  # noqa: F811
 WAYS = {
     "signal to the batch script": (["--time=1", "--signal=B:USR1@30"], None, "goes back into the queue"),
     "signal to the ranks": (["--time=1", "--signal=USR1@30"], None, "goes back into the queue"),
-    "time limit without a signal": (["--time=1", "--signal=B:WINCH@5"], None, "the job ends at"),
+    "time limit without a signal": (["--time=1", "--signal=B:URG@5"], None, "the job ends at"),
     "scancel with a signal": ([], ["scancel", "--signal=USR1"], "USR1"),
     "scontrol requeue": ([], ["scontrol", "requeue"], "TERM"),
 }

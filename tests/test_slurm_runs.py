@@ -70,10 +70,10 @@ def last_step(run_dir: Path) -> int:
 
 
 def reach(cluster, job: str, run_dir: Path, step: int) -> None:
-    cluster.until(lambda: last_step(run_dir) >= step, 90, f"step {step}", lambda: cluster.output(job))
+    cluster.until(lambda: last_step(run_dir) >= step, 180, f"step {step}", lambda: cluster.output(job))
 
 
-def restart(cluster, job: str, restarts: int, timeout: float = 60) -> None:
+def restart(cluster, job: str, restarts: int, timeout: float = 120) -> None:
     """Wait until the job is back in the queue, and spare it the two minutes that Slurm lets it wait there."""
 
     def requeued() -> bool:
@@ -141,7 +141,7 @@ def test_a_run_that_loses_a_rank_and_a_node_ends_as_if_nothing_had_happened(clus
     restart(cluster, job, 1)
     reach(cluster, job, run_dir, 45)
     cluster.kill_node("n2")
-    cluster.until(lambda: not ranks(cluster, job), 60, "the end of the ranks", lambda: cluster.output(job))
+    cluster.until(lambda: not ranks(cluster, job), 120, "the end of the ranks", lambda: cluster.output(job))
     cluster.start_node("n2")
     cluster.wait_for_nodes("n2")
     time.sleep(4)  # Slurm itself waits for minutes, and is not done with a node that has just come back
