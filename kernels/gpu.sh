@@ -12,8 +12,8 @@ ALL_S=${ALL_S:-590}   # that everything may take
 if ! "$PYTHON" -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then
     make install PYTHON="$PYTHON" || exit
     PYTHON=.venv/bin/python
+    SECONDS=0 # what installing takes does not count
 fi
-SECONDS=0
 mkdir -p "$OUT"
 log=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$log"' EXIT
@@ -53,8 +53,9 @@ cat "$log/all"
 (cd "$log" && tail -n +1 all "${names[@]}") >"$OUT/tests.txt"
 grep -h -E '^(FAILED|ERROR)' "$OUT/tests.txt" | sort -u
 
-# A part of the benchmarks that has begun when its time is over gets half a minute more.
-minutes=$(awk "BEGIN { print ($ALL_S - 30 - $SECONDS) / 60 }")
+# Of the last minute, importing torch takes some seconds, what has begun when its time is over gets 25 more, and the
+# summary and the pictures need the rest.
+minutes=$(awk "BEGIN { print ($ALL_S - 60 - $SECONDS) / 60 }")
 timeout -k 10 $((ALL_S - SECONDS)) "$PYTHON" kernels/bench.py all --out "$OUT" --minutes "$minutes" ${BENCH:-} 2>&1 |
     tee "$OUT/bench.txt"
 timed=$?

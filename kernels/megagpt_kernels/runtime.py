@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton decides when a kernel is defined whether it will be compiled or interpreted.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Triton decides when a kernel is defined whether it will be compiled or interpreted. A version too old to say so has to
+# get as far as why_not, which refuses it.
+INTERPRETED = hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 MINIMUM_TRITON = (3, 6)
