@@ -5,6 +5,7 @@ Needs Debian's ``slurm-wlm`` and ``munge`` and nothing of their configuration. E
 """
 
 import contextlib
+import ctypes
 import getpass
 import os
 import re
@@ -77,7 +78,9 @@ class Cluster:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         self.env = {**kept, "PATH": _path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._processes: dict[str, subprocess.Popen] = {}
+        self._handler = signal.getsignal(signal.SIGTERM)
         try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # tests told to end stop the cluster first
             self._configure()
             self._start("munged", "--foreground", "--force", *self._munge_flags())
             self._until(lambda: (self.folder / "munge/socket").exists(), 10, "munged")
@@ -128,6 +131,7 @@ class Cluster:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the tests
+                preexec_fn=_end_with_parent,
             )
 
     def wait_for_nodes(self, *nodes: str) -> None:
@@ -153,6 +157,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End every job and daemon of this cluster and remove its folder."""
+        signal.signal(signal.SIGTERM, self._handler)
         if "slurmctld" in self._processes:
             jobs = self.ask("squeue", "-h", "-o", "%A", check=False).split()
             if jobs:
@@ -236,6 +241,11 @@ class Cluster:
     def _logs(self) -> str:
         logs = [path for path in sorted(self.folder.glob("**/log")) if path.is_file()]
         return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
+
+
+def _end_with_parent() -> None:
+    """A daemon gets TERM when the tests are killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _stepd_of(pid: int) -> int | None:
