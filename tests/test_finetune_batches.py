@@ -54,6 +54,25 @@ def test_truncation_leaves_room_for_the_task_tokens():
         sequences("classify", ["1"], context=7)
 
 
+@pytest.mark.parametrize("kind", ["classify", "document", "entail", "similar", "choose"])
+def test_an_example_of_which_something_is_left_out_is_counted(kind):
+    rng = np.random.default_rng(0)
+    document, kind = (14, "classify") if kind == "document" else (None, kind)
+    transform = Transform(kind, Numbers(), TaskTokens(S, D, E), 12, document)
+    n_texts = {"entail": 2, "similar": 2, "choose": 2}.get(kind, 1)
+    counted = []
+    for _ in range(200):
+        texts = [" ".join(["7"] * n) for n in rng.integers(1, 18 if n_texts == 1 else 7, n_texts)]
+        choices = [" ".join(["7"] * n) for n in rng.integers(1, 6, 2)] if kind == "choose" else []
+        example = Example("0", tuple(texts), tuple(choices))
+        kept = [sum((s < S).sum() for s in unit.sequences) for unit in transform.units(example)]
+        there = sum(len(text.split()) for text in texts)
+        whole = [there + len(choice.split()) for choice in choices] or [there] * len(kept)
+        assert transform.cuts(example) == (kept != whole), example
+        counted.append(kept != whole)
+    assert 20 < sum(counted) < 180
+
+
 def test_a_long_document_is_its_last_tokens_in_windows_counted_from_the_end():
     long = " ".join(str(i) for i in range(1, 51))
     (windows,) = sequences("classify", [long], document=21)

@@ -29,6 +29,7 @@ class Encoded:
 
     units: list[list[Unit]]
     targets: np.ndarray | None
+    n_cut: int = 0  # examples that are longer than the model reads
 
     def __len__(self) -> int:
         return len(self.units)

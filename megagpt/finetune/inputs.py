@@ -107,7 +107,8 @@ def transform_for(spec: TaskSpec, tokenizer: Tokenizer, model: GPTConfig) -> Tra
 
 def encode(split: Split, spec: TaskSpec, transform: Transform) -> Encoded:
     """A split as units and targets."""
-    return Encoded([transform.units(e) for e in split.examples], spec.targets(split.examples))
+    n_cut = sum(transform.cuts(e) for e in split.examples)
+    return Encoded([transform.units(e) for e in split.examples], spec.targets(split.examples), n_cut)
 
 
 def text_rows(data: TaskData, transform: Transform, seq_len: int) -> Encoded:

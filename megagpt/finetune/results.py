@@ -32,6 +32,12 @@ def opening_lines(plan: FinetunePlan, ops, step: int) -> list[str]:
             for split in data.splits()
             if split.n_skipped
         ),
+        *(
+            f"WARNING: {name}: {encoded.n_cut:,} of {len(encoded):,} examples are longer than the model reads "
+            f"({plan.settings.document_tokens or plan.model.seq_len} tokens) and are cut"
+            for name, encoded in plan.splits.items()
+            if encoded.n_cut
+        ),
         f"model of {plan.settings.init_from}: {plan.model.n_params():,} parameters, {taken} pre-trained; head "
         f"{plan.spec.head}, recipe {plan.recipe.name}",
         f"kernels {ops.name}: {ops.reason}",

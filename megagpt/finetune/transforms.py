@@ -99,6 +99,17 @@ class Transform:
         a, b = sorted((a, b), key=lambda ids: ids.tolist())
         return [self._unit(a, b), self._unit(b, a)]
 
+    def cuts(self, example: Example) -> bool:
+        """Whether something of ``example`` is left out because it is too long."""
+        lengths = [len(self.texts.ids(text, example.id)) for text in (*example.texts, *example.choices)]
+        if self.kind == "choose":
+            quarter, n = self.context // 4, len(example.texts)
+            context, questions, choices = lengths[0], lengths[1:n], lengths[n:]
+            return max(questions + choices) > quarter or context + sum(questions) + max(choices) > self.context - 3
+        if len(lengths) == 1:
+            return lengths[0] > (self.document or self.context - 2)
+        return max(lengths) > self.context // 2 - 2
+
     def _unit(self, *segments: np.ndarray) -> Unit:
         parts: list = [[self.tokens.start], segments[0]]
         for segment in segments[1:]:
