@@ -298,7 +298,7 @@ def test_make_gpu_measures_whatever_became_of_the_tests_and_fails_if_one_does(te
     assert f"tests-0 ended with {tests}: " in printed
     assert "kernels/aot.py --arch 90" in printed
     measured = (out / "bench.txt").read_text()
-    assert f"kernels/bench.py all --out {out} --minutes 9." in measured
+    assert f"kernels/bench.py all --out {out} --minutes 8." in measured
     assert measured.endswith("--providers torch\n")
 
 
