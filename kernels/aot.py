@@ -8,6 +8,7 @@ between the two marker lines of a Markdown file. The exit code is 1 when a kerne
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -72,8 +73,20 @@ def table(records: list[dict]) -> str:
         "|---" * (3 + len(archs)) + "|",
     ]
     for (operation, name, *by_arch), cases in rows.items():
-        lines.append(f"| {operation} | `{name.strip('_')}` | {'; '.join(cases)} | {' | '.join(by_arch)} |")
+        lines.append(f"| {operation} | `{name.strip('_')}` | {_folded(cases)} | {' | '.join(by_arch)} |")
     return "\n".join(lines)
+
+
+def _folded(cases: list[str]) -> str:
+    """Shapes and what they are compiled for, each once: "gpt1 / 1.3b: bf16 / bf16, dropout; K 32: bf16"."""
+    forms: dict[str, list[str]] = {}
+    for case in cases:
+        shape, dtype, more = re.fullmatch(r"(.+?), (bf16|fp16|fp32)(.*)", case).groups()
+        forms.setdefault(shape, []).append(dtype + more)
+    shapes: dict[str, list[str]] = {}
+    for shape, of_shape in forms.items():
+        shapes.setdefault(" / ".join(of_shape), []).append(shape)
+    return "; ".join(f"{' / '.join(names)}: {of_names}" for of_names, names in shapes.items())
 
 
 def _cell(record: dict) -> str:
