@@ -66,6 +66,7 @@ HEADS = (
     Head("gpt2-small", 32768, 768, 50257),
     Head("1.3b", 16384, 2048, 50257),
     Head("6.7b", 8192, 4096, 50257),
+    Head("13b", 8192, 5120, 50257),
 )
 
 # For machines without a GPU.

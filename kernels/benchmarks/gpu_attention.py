@@ -49,6 +49,12 @@ def _cases(device: torch.device, quick: bool) -> Iterator[tuple[shapes.Attention
         yield shape, torch.float16, 0.0, True
     for shape in shapes.WIDTH_ATTENTION:
         yield shape, torch.bfloat16, 0.0, True
+    for shape in (*shapes.SWEEP_ATTENTION, *shapes.WIDTH_ATTENTION):
+        yield shape, torch.bfloat16, 0.1, True
+    for shape in models:
+        yield shape, torch.float16, 0.1, True
+    for shape in shapes.SWEEP_ATTENTION:
+        yield shape, torch.float16, 0.0, True
 
 
 def _problem(shape, dtype, dropout, device, wanted, few) -> Problem:

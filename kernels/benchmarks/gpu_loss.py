@@ -19,8 +19,9 @@ def problems(device: torch.device, wanted: tuple[str, ...], *, quick: bool) -> I
         for shape in shapes.SMALL_HEADS[: 1 if quick else None]:
             yield functools.partial(_problem, shape, torch.float32, device, wanted)
         return
-    for shape in shapes.HEADS[: 1 if quick else None]:
-        yield functools.partial(_problem, shape, torch.bfloat16, device, wanted)
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
+        for shape in shapes.HEADS[: 1 if quick else None]:
+            yield functools.partial(_problem, shape, dtype, device, wanted)
 
 
 def _problem(shape: shapes.Head, dtype: torch.dtype, device: torch.device, wanted: tuple[str, ...]) -> Problem:

@@ -34,9 +34,8 @@ def _cases(large, small, device, quick) -> Iterator[tuple[shapes.Rows, torch.dty
     if device.type != "cuda":
         yield from ((shape, torch.float32) for shape in small[: 1 if quick else None])
         return
-    yield from ((shape, torch.bfloat16) for shape in large[: 1 if quick else None])
-    if not quick:
-        yield large[0], torch.float16
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
+        yield from ((shape, dtype) for shape in large[: 1 if quick else None])
 
 
 class _Random:
