@@ -11,6 +11,7 @@ from megagpt.errors import ConfigError, nearest
 from megagpt.version import __version__
 
 COMMANDS = {  # name: (module, function of the remaining arguments, one line of help)
+    "launch": ("megagpt.dist.launch", "launch_main", "start a script on this host's GPUs, with its true exit code"),
     "prepare": ("megagpt.data.main", "prepare_main", "turn text files into a tokenised corpus"),
     "data": ("megagpt.data.main", "data_main", "verify, merge or describe tokenised corpora"),
     "tasks": ("megagpt.finetune.listing", "tasks_main", "list the tasks that finetune.py knows by name"),

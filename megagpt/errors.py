@@ -28,6 +28,12 @@ class CheckpointError(MegaGPTError):
     exit_code = 3
 
 
+class PeerError(MegaGPTError):
+    """Other ranks have not come or have ended."""
+
+    exit_code = 4
+
+
 class NumericError(MegaGPTError):
     """Training stopped because its numbers are no longer finite."""
 

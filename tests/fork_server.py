@@ -117,7 +117,7 @@ class Job:
         ranks = range(len(self.processes)) if rank is None else [rank]
         return "".join(self._log(r).read_text(errors="replace") for r in ranks if self._log(r).exists())
 
-    def wait_for(self, text: str, *, rank: int | None = None, timeout: float = 60) -> None:
+    def wait_for(self, text: str, *, rank: int | None = None, timeout: float = 120) -> None:
         """Until a rank has printed ``text``; fails when the job ends or the time is up before."""
         deadline = time.monotonic() + timeout
         while text not in self.output(rank):
@@ -132,7 +132,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 60) -> list[int]:
+    def wait(self, timeout: float = 120) -> list[int]:
         """The exit codes of all ranks, a signal's as its negative number; fails when the time is up before."""
         deadline = time.monotonic() + timeout
         for process in self.processes:

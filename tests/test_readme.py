@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *(
-        ROOT / "docs" / name
-        for name in ("architecture.md", "finetune.md", "kernels.md", "slurm.md", "tasks.md", "troubleshooting.md")
+        ROOT / "docs" / f"{name}.md"
+        for name in ("architecture", "finetune", "kernels", "reliability", "slurm", "tasks", "troubleshooting")
     ),
 ]
 

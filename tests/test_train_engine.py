@@ -1,22 +1,14 @@
 """What the engine is told about this machine, and what it does when another rank falls silent."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import fork_server
 import pytest
-from corpora import tiny_corpus
-from distributed import free_port, rank_env
+from checkpoint_common import arguments
 
 from megagpt.dist import World
 from megagpt.errors import ConfigError
 from megagpt.train.engine import gpu_index
-
-REPO = Path(__file__).parent.parent
 
 
 def rank_of_eight(local_rank: int, launcher: str = "torch") -> World:
@@ -56,24 +48,10 @@ def test_more_ranks_than_gpus_is_the_same_error_on_every_rank(visible, launcher,
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_silent_peer_ends_the_wait_after_the_time_the_flag_gives(tmp_path, stage):
     """ZeRO's groups had torch's own timeout of half an hour: a frozen node kept all others waiting for it."""
-    config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}))
-    words = ["--ds_config", config, "--model", "tiny", "--n_layer", 1, "--d_model", 32, "--n_head", 2, "--seq_len", 16]
-    words += ["--data", tiny_corpus(), "--run_dir", tmp_path / "run", "--max_steps", 10**6, "--log_interval", 1]
-    command = [sys.executable, REPO / "train.py", *map(str, words), "--distributed_timeout_minutes", "0.2"]
-    port, quiet = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **rank_env(rank, 2, port, str(tmp_path))}, **quiet)
-        for rank in (0, 1)
-    ]
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        ranks[1].send_signal(signal.SIGSTOP)
-        assert ranks[0].wait(timeout=60) != 0
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    flags = {"max_steps": 10**6, "save_interval": 0, "distributed_timeout_minutes": 0.1, "hang_timeout": 1000}
+    with fork_server.train(arguments(tmp_path / "run", stage=stage, **flags)) as job:
+        job.wait_for("iteration        2/")
+        job.send(signal.SIGSTOP, 1)
+        job.processes[0].join(60)
+        assert job.processes[0].exitcode == 5
+        assert "another rank has not answered in time" in job.output(0)

@@ -46,9 +46,10 @@ def run(command: list, env: dict) -> str:
     [
         (lambda: [BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port()], 2),
         (lambda: [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()], 2),
+        (lambda: [BIN / "megagpt", "launch", "--num_gpus", 2], 2),
         (lambda: [sys.executable], 1),
     ],
-    ids=["deepspeed", "torchrun", "python"],
+    ids=["deepspeed", "torchrun", "megagpt launch", "python"],
 )
 def test_each_launcher_trains(launcher, ranks, tmp_path):
     output = run([*launcher(), "train.py", *arguments(tmp_path / "run")], clean_env(tmp_path))

@@ -7,9 +7,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import finetune_common
 import pytest
 from checkpoint_common import arguments
-from fork_server import train
+from fork_server import Job, finetune, train, train_main
 
 from megagpt.config.fields import stop_signal
 from megagpt.train.stopping import NOTHING, SAVE, STOP, StopRequests, listening
@@ -67,6 +68,40 @@ def test_a_signal_in_setup_stops_before_the_first_step(tmp_path):
     assert "SIGTERM on rank 1" in output
 
 
+def saving_slowly(argv):
+    """``train.py`` that tells when it is in the middle of a save, and stays there for a second."""
+    from megagpt.train import checkpoint
+
+    finish = checkpoint._finish_rank
+
+    def slow(*args):
+        print("in a save", flush=True)
+        time.sleep(1.0)
+        return finish(*args)
+
+    checkpoint._finish_rank = slow
+    return train_main(argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_in_a_save_leaves_it_whole(number, tmp_path):
+    """Ctrl-C does not wait for it, and leaves nothing that looks like a checkpoint."""
+    argv = arguments(tmp_path / "run", max_steps=1000, save_interval=5)
+    with Job(saving_slowly, [str(word) for word in argv]) as job:
+        job.wait_for("in a save", rank=0)
+        job.wait_for("in a save", rank=1)
+        job.send(number)
+        codes, output = job.wait(), job.output()
+    if number == signal.SIGINT:
+        assert set(codes) <= {130, 4}, output
+        assert newest(tmp_path / "run") == 0
+    else:
+        assert codes == [75, 75], output
+        assert newest(tmp_path / "run") == 5
+        assert output.count("saved ") == 1
+        assert "stopped after step 5 (" in output
+
+
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path):
     flags = {"max_steps": 100, "save_interval": 0, "log_interval": 1, "stage": 2}
     for name in ("whole", "parts"):
@@ -79,6 +114,21 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path):
     with train(arguments(tmp_path / "parts", **flags)) as job:
         assert job.wait() == [0, 0], job.output()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_fine_tuning_stops_and_goes_on_too(tmp_path):
+    home = finetune_common.folder()
+    files = ["--train", finetune_common.write_csv(home / "long.csv", 96), "--valid", home / "long.csv"]
+    start = ["--init_from", finetune_common.pretrained(), "--run_dir", tmp_path / "run", "--log_interval", 1]
+    argv = ["--ds_config", finetune_common.ds_config(home, 1), *files, *start, "--epochs", 4]
+    with finetune(argv) as job:
+        job.wait_for("iteration        4/")
+        job.send(signal.SIGUSR1, 1)
+        assert job.wait() == [75, 75], job.output()
+        assert f"stopped after step {newest(tmp_path / 'run')} (SIGUSR1 on rank 1)" in job.output()
+    with finetune(argv) as job:
+        assert job.wait() == [0, 0], job.output()
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
 
 
 def test_files_in_the_run_folder_save_and_stop(tmp_path):

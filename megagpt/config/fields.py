@@ -78,6 +78,10 @@ class TrainSettings:
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
     preflight: Literal["no", "warn", "stop"] = "no"  # check and measure all hosts first; stop: on slow ones as well
+    rendezvous_timeout: float = 120.0  # seconds in which all ranks have to come to the meeting point
+    hang_timeout: float | None = None  # seconds without progress that end the run; 540, and 1800 in setup and saves
+    compare_ranks_interval: int = 1000  # steps between checks that all ranks hold the same model; 0 never
+    restart_limit: int | None = None  # starts from one step without a new checkpoint; 3 for requeued jobs, 0 any number
     exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
     exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
 
@@ -147,11 +151,12 @@ _RANGES = {  # (lowest, highest, whether the lowest itself is out)
     **dict.fromkeys(("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"), (1, _MOST, False)),
     **dict.fromkeys(("max_steps", "max_tokens", "eval_steps", "log_interval", "keep_last"), (1, _MOST, False)),
     **dict.fromkeys(("warmup_steps", "eval_interval", "save_interval", "seed"), (0, _MOST, False)),
+    **dict.fromkeys(("compare_ranks_interval", "restart_limit"), (0, _MOST, False)),
     **dict.fromkeys(("dropout", "embd_dropout", "attn_dropout", "resid_dropout"), (0.0, _BELOW_ONE, False)),
     "activation_checkpointing": (0, _MOST, False),
     "betas": (0.0, _BELOW_ONE, False),
     **dict.fromkeys(("lr", "eps", "epochs", "distributed_timeout_minutes"), (0.0, 1e18, True)),
-    "exit_duration_in_mins": (0.0, 1e18, True),
+    **dict.fromkeys(("exit_duration_in_mins", "hang_timeout", "rendezvous_timeout"), (0.0, 1e18, True)),
     **dict.fromkeys(("min_lr", "weight_decay"), (0.0, 1e18, False)),
 }
 

@@ -2,11 +2,13 @@
 
 from megagpt.dist.failures import everywhere, run_main
 from megagpt.dist.gather import gather_json
+from megagpt.dist.guard import beat, watch
 from megagpt.dist.hostlist import expand_hostlist, expand_tasks
 from megagpt.dist.world import World, export, is_main, resolve_world
 
 __all__ = [
     "World",
+    "beat",
     "everywhere",
     "expand_hostlist",
     "expand_tasks",
@@ -15,4 +17,5 @@ __all__ = [
     "is_main",
     "resolve_world",
     "run_main",
+    "watch",
 ]

@@ -1,16 +1,17 @@
 """One message whatever the number of ranks, and the exit code that goes with it."""
 
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from typing import TypeVar
 
 from megagpt import errors
+from megagpt.dist import guard
 from megagpt.dist.gather import gather_json
+from megagpt.dist.presence import Presence
 from megagpt.dist.world import is_main
 from megagpt.errors import MegaGPTError, Stopped
 
@@ -18,33 +19,36 @@ Result = TypeVar("Result")
 
 _GRACE = 3.0  # seconds within which the ranks of a host fail of a common cause
 _INTERRUPTED = 130  # as a shell reports Ctrl-C
-_LOST = 4
 _LOST_WORDS = ("closed by peer", "reset by peer", "Broken pipe")  # of gloo, behind the place in its own source
+_LATE_WORDS = ("Timed out", "timed out", "timeout", "Timeout")
 
 
-def run_main(fn: Callable[[], int | None], env: Mapping[str, str] = os.environ) -> int:
+def run_main(
+    fn: Callable[[], int | None],
+    env: Mapping[str, str] = os.environ,
+    on_orphan: Callable[[], None] | None = None,
+) -> int:
     """Run ``fn`` as this process's program and return its exit code: ``fn``'s own, or that of the error it raised.
 
     A MegaGPTError is shown as one line, once: by rank 0, or with its name by a rank that fails alone. A rank whose peer
     has ended says so in a line: the reason is with the peer. Anything else is a bug and shows its traceback, with the
-    rank's name. Where MEGAGPT_EXIT_FILE names a file, the first process to fail writes its code there.
+    rank's name and the step. Where MEGAGPT_EXIT_FILE names a file, the first process to fail writes its code there.
+    With ``on_orphan`` this rank doesn't outlive its launcher (:mod:`megagpt.dist.guard`).
     """
-    code = _run(fn, env)
-    if code and env.get("MEGAGPT_EXIT_FILE"):
-        # srun tells the highest code of all ranks, and those that a failed one leaves behind end with others.
-        with suppress(OSError), open(env["MEGAGPT_EXIT_FILE"], "x", encoding="ascii") as file:
-            file.write(str(code))
+    code = _run(fn, env, on_orphan)
+    guard.tell_code(code, env)
     return code
 
 
-def _run(fn: Callable[[], int | None], env: Mapping[str, str]) -> int:
-    with _presence(env) as leader_is_gone:
+def _run(fn: Callable[[], int | None], env: Mapping[str, str], on_orphan: Callable[[], None] | None) -> int:
+    guarded = (lambda *_: nullcontext()) if on_orphan is None else guard.guarded
+    with Presence(env) as presence, guarded(presence, env, on_orphan):
         try:
             return fn() or 0
         except Stopped as stop:
             return stop.exit_code
         except MegaGPTError as error:
-            _show(error, env, leader_is_gone)
+            _show(error, env, presence)
             return error.exit_code
         except KeyboardInterrupt:
             return _INTERRUPTED
@@ -53,10 +57,16 @@ def _run(fn: Callable[[], int | None], env: Mapping[str, str]) -> int:
         except Exception as error:
             sys.stdout.flush()
             if _lost_a_peer(error):
-                print(f"{_name(env)} stops: another rank has ended; its own output says why", file=sys.stderr, flush=True)
-                return _LOST
-            print(f"{_name(env)} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            return 1
+                return _say(env, "stops: another rank has ended; its own output says why", guard.LOST)
+            if _waited_in_vain(error):
+                told = f"stops{guard.where()}: another rank has not answered in time\n{traceback.format_exc()}"
+                return _say(env, told, guard.HUNG)
+            return _say(env, f"failed{guard.where()}:\n{traceback.format_exc()}", 1)
+
+
+def _say(env: Mapping[str, str], text: str, code: int) -> int:
+    print(f"{guard.name(env)} {text}", file=sys.stderr, flush=True)
+    return code
 
 
 def everywhere(fn: Callable[[], Result]) -> Result:
@@ -93,52 +103,35 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in text and any(words in text for words in _LOST_WORDS)
 
 
-def _show(error: MegaGPTError, env: Mapping[str, str], leader_is_gone: Callable[[], bool]) -> None:
+def _waited_in_vain(error: Exception) -> bool:
+    """Whether a collective failed because its time was up."""
+    text = str(error)
+    ours = "gloo" in text or type(error).__name__.startswith("Dist")
+    return isinstance(error, RuntimeError) and ours and any(words in text for words in _LATE_WORDS)
+
+
+def _show(error: MegaGPTError, env: Mapping[str, str], presence: Presence) -> None:
     prefix = ""
     if not is_main(env):
-        if getattr(error, "on_every_rank", False) or leader_is_gone():
+        if getattr(error, "on_every_rank", False) or _leader_is_gone(presence, env):
             return
-        prefix = f"{_name(env)}: "
+        prefix = f"{guard.name(env)}: "
     sys.stdout.flush()
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
 
 
-def _name(env: Mapping[str, str]) -> str:
-    rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
-    return f"rank {rank} on {socket.gethostname()}"
-
-
-@contextmanager
-def _presence(env: Mapping[str, str]):
-    """Lets the ranks of a host see whether their first one still lives; gives a function that asks.
+def _leader_is_gone(presence: Presence, env: Mapping[str, str]) -> bool:
+    """True as soon as this host's first rank has ended, or any host's has told its failure; False when it goes on.
 
     A flag with a slip in it fails on every rank at once, and then the first rank's message is enough; a rank that fails
-    while the first one goes on has to speak for itself. The sign of life is a socket in Linux's abstract namespace,
-    which leaves no file behind and vanishes with its process however that ends.
+    while the first one goes on has to speak for itself.
     """
-    local_rank = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
-    meeting = env.get("MASTER_PORT") or env.get("SLURM_JOB_ID") or ""
-    name = f"\0megagpt-{os.getuid()}-{env.get('MASTER_ADDR', '')}-{meeting}-{env.get('SLURM_STEP_ID', '')}"
-
-    def leader_is_gone() -> bool:
-        """True as soon as this host's first rank has ended, or any host's has told its failure; False when it goes on."""
-        deadline = time.monotonic() + _GRACE
-        while time.monotonic() < deadline:
-            if os.path.exists(env.get("MEGAGPT_EXIT_FILE", "")):
-                return True
-            if local_rank == "0":  # the launcher may end this process meanwhile, if the failure is common to all hosts
-                time.sleep(0.05)
-                continue
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-                try:
-                    probe.connect(name)
-                except OSError:
-                    return True
-            time.sleep(0.05)
-        return False
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sign:
-        if local_rank == "0" and meeting:
-            with suppress(OSError):  # the name is in use by another job on the same port, which cannot run anyway
-                sign.bind(name)
-        yield leader_is_gone
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline:
+        if guard.has_failed(env):
+            return True
+        # The launcher may end this process meanwhile, if the failure is common to all hosts.
+        if presence.local_rank and not presence.sees(0):
+            return True
+        time.sleep(0.05)
+    return False

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megagpt import dist
+
 IGNORED = -100  # the target of a position that is not scored
 
 
@@ -36,6 +38,7 @@ def evaluate(
     sums = torch.zeros(rounds * world_size, 2, dtype=torch.float64)  # nats and scored tokens of each batch
     with torch.no_grad():
         for j in range(rank, rounds * world_size, world_size):
+            dist.beat()
             ids, targets = _padded(eval_windows, batches[j] if j < len(batches) else batches[0][:0], batch_size)
             loss = model_forward(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
             scored = int((targets != IGNORED).sum())

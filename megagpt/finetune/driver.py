@@ -15,6 +15,7 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
+from megagpt.dist.rendezvous import meet
 from megagpt.finetune import evaluation, results, weights
 from megagpt.finetune.batches import TaskBatches
 from megagpt.finetune.model import Classifier
@@ -22,7 +23,7 @@ from megagpt.finetune.phases import open_engine, padding_line
 from megagpt.finetune.plan import FinetunePlan, PhasePlan
 from megagpt.finetune.score import METRICS, score
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, optim, report, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, optim, report, restarts, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan
 from megagpt.train.log import RunLog
@@ -40,7 +41,12 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
     optim.check_available(plan.optimiser["optimizer"])
     kernels.load(plan, device)
     dist.export(world)
-    deepspeed_engine.start_distributed(plan.settings.distributed_timeout_minutes)
+    timeout = plan.settings.distributed_timeout_minutes
+    dist.watch(plan.settings.hang_timeout, 60 * timeout, world.local_world_size)
+    deepspeed_engine.start_distributed(
+        timeout,
+        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout),
+    )
     return device
 
 
@@ -143,6 +149,7 @@ class Run:
     def open_phase(self, phase: PhasePlan, held: weights.Weights) -> tuple[object, Loop]:
         """A phase's engine and the loop that trains it, from ``held`` on rank 0 or the checkpoint to go on from."""
         plan = self.plan
+        dist.beat("setup", self.state.step)
         seed_all(plan.settings.seed + 1 + self.world.rank + 1_000_003 * phase.index)
         engine, rates = open_engine(plan, phase, held, self.ops, self.device, monitored=self.log is None)
         if self.source is not None:
@@ -186,6 +193,7 @@ class Run:
                 settings.keep_last,
                 first=phase.first,
                 save_evaluated=True,
+                compare_ranks=settings.compare_ranks_interval,
             ),
             state=self.state,
             root=plan.root,
@@ -262,6 +270,7 @@ class Run:
 
         def opened() -> RunLog:
             if dist.is_main():
+                restarts.begin(plan.run_dir, step, plan.settings.restart_limit)
                 report.write_run(
                     plan.run_dir,
                     self.description,
@@ -284,6 +293,7 @@ class Run:
     def _finish(self) -> None:
         """Predictions and metrics of the best weights, for every split but train."""
         plan = self.plan
+        dist.beat("evaluation", self.state.step)
         model = dist.everywhere(lambda: weights.load(plan.run_dir / weights.MODEL, self.device)[0])
         found = {}
         for split in [*plan.data.valid.values(), *plan.data.test.values()]:

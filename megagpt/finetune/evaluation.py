@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from megagpt import dist
 from megagpt.finetune import objective
 from megagpt.finetune.batches import Encoded, collate
 from megagpt.finetune.model import Classifier
@@ -25,6 +26,7 @@ def answers(
     batches = [order[i : i + batch_size] for i in range(0, N, batch_size)]
     found = torch.zeros(N, _width(spec, encoded) + 1, dtype=torch.float64)  # outputs, then the loss
     for j in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+        dist.beat()
         mine = batches[min(j, len(batches) - 1)]
         batch = collate(encoded, mine, n_real=len(mine), example_weight=1.0, sequence_weight=0.0)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -89,6 +89,10 @@ class FinetuneSettings:
     kernels: Literal["auto", "torch", "cpu", "triton"] = "auto"  # which operations; auto: the fastest that serve here
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0 none, 1 all
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
+    rendezvous_timeout: float = 120.0  # seconds in which all ranks have to come to the meeting point
+    hang_timeout: float | None = None  # seconds without progress that end the run; 540, and 1800 in setup and saves
+    compare_ranks_interval: int = 1000  # steps between checks that all ranks hold the same model; 0 never
+    restart_limit: int | None = None  # starts from one step without a new checkpoint; 3 for requeued jobs, 0 any number
     exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
     exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
     preview: bool = False  # show phases, groups, rates and the schedule, and train nothing
@@ -146,12 +150,15 @@ _RANGES = {
     **dict.fromkeys(("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"), (1, _MOST)),
     **dict.fromkeys(("seq_len", "document_tokens", "gradient_windows"), (1, _MOST)),
     **dict.fromkeys(("lm_epochs", "save_interval", "seed", "activation_checkpointing"), (0, _MOST)),
+    **dict.fromkeys(("compare_ranks_interval", "restart_limit"), (0, _MOST)),
     **dict.fromkeys(("lm_coef", "weight_decay", "eps"), (0.0, _MOST)),
     **dict.fromkeys(("dropout", "head_dropout", "warmup", "betas"), (0.0, 1.0)),
     "dropout_multiplier": (0.0, 2.0),
     "n_choices": (2, _MOST),
     "n_transfer": (-1, _MOST),
-    **dict.fromkeys(("distributed_timeout_minutes", "exit_duration_in_mins"), (1e-3, _MOST)),
+    **dict.fromkeys(
+        ("distributed_timeout_minutes", "exit_duration_in_mins", "hang_timeout", "rendezvous_timeout"), (1e-3, _MOST)
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from megagpt.train.stopping import StopRequests, listening
 def main(argv: list[str] | None = None) -> int:
     """Run ``finetune.py``; the process's exit code."""
     with listening() as stop:
-        return dist.run_main(lambda: _main(argv, stop))
+        return dist.run_main(lambda: _main(argv, stop), on_orphan=stop.orphaned)
 
 
 def _main(argv: list[str] | None, stop: StopRequests) -> None:

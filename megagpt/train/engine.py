@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -74,8 +74,11 @@ def _share_cores(world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_world_size))
 
 
-def start_distributed(timeout_minutes: float) -> None:
-    """Start the process group over which DeepSpeed communicates: gloo on CPUs, NCCL on GPUs."""
+def start_distributed(timeout_minutes: float, meet: Callable[[], object] = lambda: None) -> None:
+    """Start the process group over which DeepSpeed communicates: gloo on CPUs, NCCL on GPUs.
+
+    ``meet`` gives the store in which the ranks have met, or None to find each other by torch's variables.
+    """
     deepspeed = import_deepspeed()
     if not torch.cuda.is_available():
         # On a CPU DeepSpeed compiles a shared-memory all-reduce at every first start, hangs for ever on a lock that a
@@ -83,14 +86,29 @@ def start_distributed(timeout_minutes: float) -> None:
         # module, hence sys.modules.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = meet()
+    if store is not None:
+        _start_in(store, backend, timeout)
     deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        dist_backend=backend,
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )
     # ZeRO's collectives go over groups that DeepSpeed makes without a timeout: torch's own of half an hour would hold.
     deepspeed.comm.comm.cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)
+
+
+def _start_in(store, backend: str, timeout: timedelta) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # As DeepSpeed would: NCCL is then set up at once, and not in the middle of the first step. Some releases of torch
+    # hang on it (pytorch issue 153960).
+    bound = backend == "nccl" and not "2.6.0" < torch.__version__ < "2.7.1"
+    device = {"device_id": torch.device("cuda", torch.cuda.current_device())} if bound else {}
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **device
+    )
 
 
 def stop_distributed() -> None:
@@ -220,6 +238,16 @@ def full_fp32(engine, parameter: Tensor, config: ResolvedConfig) -> Tensor | Non
 
         value = safe_get_full_fp32_param(parameter)
     return value.detach().cpu().clone() if torch.distributed.get_rank() == 0 else None
+
+
+def replicated(engine, config: ResolvedConfig) -> dict[str, Tensor]:
+    """What every rank should hold alike, by name: parameters, buffers, and float32 copies that are not sharded."""
+    named = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}
+    if config.zero_stage or config.precision == "fp32":
+        return named
+    flat = getattr(engine.optimizer, "fp32_groups_flat", None)
+    groups = engine.optimizer.fp32_groups if flat is None else [[tensor] for tensor in flat]
+    return named | {f"float32 copy {i}.{j}": t for i, group in enumerate(groups) for j, t in enumerate(group)}
 
 
 def _unsharded_master(optimizer, parameter: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop: fetch, forward, backward, step, then log, evaluate, save."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from megagpt import dist
 from megagpt.errors import NumericError, Stopped, StorageError
-from megagpt.train import checkpoint, manifest
+from megagpt.train import checkpoint, manifest, postmortem, replicas
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import MicroBatches
 from megagpt.train.schedule import Schedule
 from megagpt.train.stopping import NOTHING, STOP, StopRequests
+from megagpt.train.stragglers import RankTimes
 
 _MAX_SKIPPED = 10  # updates without a finite gradient in a row after which a run stops
+_WINDOW, _MAX_IN_WINDOW = 100, 30  # ... and among the last hundred
 _MAX_FAILED_SAVES = 3  # periodic saves that may fail in a row
 
 
@@ -31,6 +34,7 @@ class Intervals:
     keep_last: int
     first: int = 0  # where this loop's part of the run begins
     save_evaluated: bool = False  # save after every evaluation as well
+    compare_ranks: int = 0
 
 
 def next_token_loss(engine, ids: Tensor) -> Tensor:
@@ -105,8 +109,12 @@ class Loop:
         self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
         self._failed_saves = 0
         self._skipped_in_a_row = 0
+        self._skipped_lately: deque[bool] = deque(maxlen=_WINDOW)
+        self._last_steps = postmortem.LastSteps()
+        self._rank_times = RankTimes(engine.device)
         self._saved_step = state.step  # the checkpoint that the run goes on from, or there is nothing yet to save
         self._evaluation_seconds = 0.0
+        self._is_warm = False  # the first step compiles and reads cold files
         self._mark_time()
 
     def run(self) -> None:
@@ -123,7 +131,12 @@ class Loop:
     def advance(self) -> None:
         """One optimiser step, and what is due after it. Raises Stopped, with everything saved, when asked to stop."""
         self._heed_requests()
-        self._after_step(self._step())
+        try:
+            loss = self._step()
+        except NumericError as error:
+            path = postmortem.write(self.root.parent, self._last_steps, self.engine.module, str(error))
+            raise NumericError(f"{error}; {path} has the last steps") from None
+        self._after_step(loss)
 
     def _heed_requests(self) -> None:
         soon = (
@@ -148,15 +161,20 @@ class Loop:
         loss = 0.0
         before = self.engine.skipped_steps, deepspeed_engine.loss_scale(self.engine)
         for _ in range(self.plan.accumulation):
+            dist.beat("step" if self._is_warm else "setup", self.state.step + 1)
+            self._rank_times.begin()
             micro_loss = self.forward(self.engine, self.batches.next())
+            self._rank_times.end()
             deepspeed_engine.backward(self.engine, micro_loss)
             self._engine_step()
             loss = loss + micro_loss.detach()
         self.state.samples += self.plan.global_batch
         self.state.tokens += self.tokens_of(self.state.step)
         self.state.step += 1
-        self._count_skipped(*before)
-        return loss / self.plan.accumulation
+        self._is_warm = True
+        loss = loss / self.plan.accumulation
+        self._count_skipped(*before, loss)
+        return loss
 
     def _set_rates(self) -> None:
         """Every group's rate for the coming update; an update that was skipped has not advanced the schedule."""
@@ -176,15 +194,23 @@ class Loop:
                 "use bf16, a lower --lr or a longer --warmup_steps, and resume from the last checkpoint"
             ) from None
 
-    def _count_skipped(self, skipped_before: int, scale_before: float | None) -> None:
+    def _count_skipped(self, skipped_before: int, scale_before: float | None, loss: Tensor) -> None:
         """Raise NumericError where one update after the other is skipped."""
         skipped = self.engine.skipped_steps > skipped_before
+        samples = self.plan.global_batch
+        norm = self.engine.get_global_grad_norm()
+        self._last_steps.add(self.state.step, loss, norm, skipped, self.state.samples - samples, samples)
         # fp16 finds its loss scale by overflowing: an update that lowered it is no bad sign.
         lowered = scale_before is not None and deepspeed_engine.loss_scale(self.engine) < scale_before
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped and not lowered else 0
-        if self._skipped_in_a_row >= _MAX_SKIPPED:
+        bad = skipped and not lowered
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+        self._skipped_lately.append(bad)
+        how_many = f"{_MAX_SKIPPED} updates in a row" if self._skipped_in_a_row >= _MAX_SKIPPED else None
+        if sum(self._skipped_lately) >= _MAX_IN_WINDOW:
+            how_many = how_many or f"{_MAX_IN_WINDOW} of the last {_WINDOW} updates"
+        if how_many:
             raise NumericError(
-                f"step {self.state.step}: {_MAX_SKIPPED} updates in a row had gradients that are not finite and were "
+                f"step {self.state.step}: {how_many} had gradients that are not finite and were "
                 "skipped; lower --lr, lengthen --warmup_steps or look at the data, and resume from the last checkpoint"
             )
 
@@ -194,6 +220,8 @@ class Loop:
         step, last = self.state.step - self.intervals.first, self.state.step >= self.intervals.total
         if due(step, self.intervals.log) or last:
             self._log(loss)
+        if due(step, self.intervals.compare_ranks):
+            replicas.check(self.engine, self.config, self.state.step)
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
         # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
         wanted = due(step, self.intervals.save) or (evaluated and self.intervals.save_evaluated)
@@ -219,19 +247,26 @@ class Loop:
             "data_ms": 1e3 * (self.batches.wait_s - self._marked_wait) / steps,
             "memory_gb": memory_gb(),
         }
+        spread, slow = self._rank_times.gather(steps)
+        if spread:
+            record["rank_ms"] = spread
         if self.peak_flops:
             record["mfu"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.plan.world_size)
         self.log.train(record)
+        for line in slow:
+            self.log.message(line)
         self._mark_time()
 
     def run_evaluation(self) -> bool:
         """Evaluate and log; False when there is no validation set."""
         begun = time.perf_counter()
+        dist.beat("evaluation", self.state.step)
         results = self.evaluate()
         self._evaluation_seconds = max(self._evaluation_seconds, time.perf_counter() - begun)
         for name, record in results.items():
             self.log.valid(name, record, self.state.step)
         self.last_valid = results
+        self.stop.look_again()
         self._mark_time()
         return bool(results)
 
@@ -245,6 +280,8 @@ class Loop:
     # saving -----------------------------------------------------------------------------------------------------
 
     def _save(self, *, final: bool, evaluated: bool) -> None:
+        dist.beat("save", self.state.step)
+        self.stop.look_again()
         self.before_save()
         best = self.state.best_loss, self.state.best_step
         if evaluated and self._note_best():

@@ -13,7 +13,7 @@ from megagpt.train.stopping import StopRequests, listening
 def main(argv: list[str] | None = None) -> int:
     """Run ``train.py``; the process's exit code."""
     with listening() as stop:
-        return dist.run_main(lambda: _main(argv, stop))
+        return dist.run_main(lambda: _main(argv, stop), on_orphan=stop.orphaned)
 
 
 def _main(argv: list[str] | None, stop: StopRequests) -> None:

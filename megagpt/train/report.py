@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megagpt.errors import StorageError
-from megagpt.train import metrics
+from megagpt.train import metrics, restarts
 from megagpt.train.manifest import write_atomically
 from megagpt.train.plots import plot_losses
 from megagpt.version import __version__
@@ -97,7 +97,9 @@ def write_summary(run_dir: Path, summary: dict) -> dict:
     """
     records = metrics.read(run_dir / metrics.NAME)
     picture, problem = plot_losses(records, run_dir / "loss.png")
-    whole = {**summary, **summarize(records), "loss_curve": picture or f"not drawn: {problem}"}
+    found = summarize(records)
+    cost = restarts.figures(run_dir, found.get("all_starts_step_seconds", 0.0))
+    whole = {**summary, **found, **cost, "loss_curve": picture or f"not drawn: {problem}"}
     _write(run_dir / SUMMARY, json.dumps(whole, indent=1, default=str) + "\n")
     _write(run_dir / "summary.md", to_markdown(run_dir.name, whole, picture))
     return whole

@@ -10,11 +10,12 @@ import torch
 from megagpt import dist
 from megagpt.config import deepspeed as ds
 from megagpt.dist import preflight
+from megagpt.dist.rendezvous import meet
 from megagpt.errors import CheckpointError, Stopped
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, manifest, optim, report, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, manifest, optim, report, restarts, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
@@ -32,7 +33,12 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
     device = deepspeed_engine.device_of(world)
     _check_machine(plan, device)
     dist.export(world)
-    deepspeed_engine.start_distributed(plan.settings.distributed_timeout_minutes)
+    timeout = plan.settings.distributed_timeout_minutes
+    dist.watch(plan.settings.hang_timeout, 60 * timeout, world.local_world_size)
+    deepspeed_engine.start_distributed(
+        timeout,
+        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout),
+    )
     with folder.locked(plan.run_dir):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
@@ -122,6 +128,7 @@ def _where_curves_are(tensorboard: dict) -> list[str]:
 def _open_log(plan: Plan, description: dict, engine, start_step: int, world: dist.World) -> RunLog:
     """The log, on rank 0 with run.json and the tokenizer beside it: the run folder alone is enough to go on from."""
     if dist.is_main():
+        restarts.begin(plan.run_dir, start_step, plan.settings.restart_limit)
         tokenizer = Path(f"{plan.corpora.parts[0].prefix}.tokenizer.json")
         report.write_run(
             plan.run_dir, description, start_step=start_step, world_size=world.world_size, tokenizer=tokenizer
@@ -153,6 +160,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
             settings.eval_interval,
             settings.save_interval,
             settings.keep_last,
+            compare_ranks=settings.compare_ranks_interval,
         ),
         state=state,
         root=plan.root,

@@ -6,6 +6,7 @@ and end with exit code 75. Torch is imported late: signals are heeded from the f
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class StopRequests:
         self._step_seconds = 0.0  # about the longest of the last steps, with what came between them
         self._save_seconds: list[float] = []
         self._handlers: dict[signal.Signals, object] = {}  # what was there before
+        self._is_orphan = False
         self.reason = ""
         self.stopped = False
 
@@ -60,6 +62,10 @@ class StopRequests:
     def saved(self, seconds: float) -> None:
         """Note how long a checkpoint took."""
         self._save_seconds = [*self._save_seconds[-99:], seconds]
+
+    def look_again(self) -> None:
+        """Agree at the next boundary: what lies behind took long. Every rank calls this."""
+        self._steps_left = 1
 
     def agree(self, device, *, checkpoint_bytes: int = 0, soon: float = 0.0) -> int:
         """What all ranks do at this boundary: NOTHING, SAVE or STOP; ``reason`` then says why. Every rank calls this.
@@ -89,6 +95,8 @@ class StopRequests:
         """The strongest request on this rank and its reason; ``needed`` are the seconds that stopping later takes."""
         if self._signal is not None:
             return STOP, f"{self._signal.name} on rank {os.environ.get('RANK', '0')}"
+        if self._is_orphan:
+            return STOP, "the launcher has ended"
         if self._minutes is not None and now - self.begun >= 60 * self._minutes:
             return STOP, f"--exit_duration_in_mins {self._minutes:g}"
         if self._run_dir is None or not dist.is_main() or now - self._looked < 1.0:
@@ -112,6 +120,10 @@ class StopRequests:
     def _heed(self, number: int, frame) -> None:
         self._signal = self._signal or signal.Signals(number)
 
+    def orphaned(self) -> None:
+        """The launcher has ended: save what there is."""
+        self._is_orphan = True
+
     def forget(self) -> None:
         """In a forked child: a worker that ignored TERM would outlive its parent's patience."""
         for number in self._handlers:
@@ -128,6 +140,8 @@ class StopRequests:
 
 def _strongest(level: int, seconds: float, device) -> tuple[int, float]:
     """The highest of all ranks' levels and step times: one small all-reduce."""
+    if "torch" not in sys.modules:
+        return level, seconds
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
