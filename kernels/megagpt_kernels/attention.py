@@ -10,6 +10,7 @@ from torch import Tensor
 from megagpt_kernels.attention_backward import backward
 from megagpt_kernels.attention_forward import Setting, forward
 from megagpt_kernels.attention_parts import WIDTHS
+from megagpt_kernels.operation import operation
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]  # out, log-sum-exp, dropout keys, bounds of documents
 
@@ -41,8 +42,7 @@ def _empty_heads(x: Tensor) -> Tensor:
     return x.new_empty(B, T, H, K).transpose(1, 2)
 
 
-@torch.library.custom_op("megagpt::attention", mutates_args=())
-def _attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,13 +57,11 @@ def _attention(
     return forward(_readable(q), _readable(k), _readable(v), seed, cu_seqlens, setting)
 
 
-@_attention.register_fake
-def _(q, k, v, seed, cu_seqlens, causal, dropout_p, scale, deterministic):
+def _fake(q, k, v, seed, cu_seqlens, causal, dropout_p, scale, deterministic):
     return _empty_saved(q, k.shape[2], dropout_p, cu_seqlens)
 
 
-@torch.library.custom_op("megagpt::attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -83,25 +81,21 @@ def _attention_backward(
     return grads
 
 
-@_attention_backward.register_fake
-def _(dout, q, k, v, *others):
+def _fake_backward(dout, q, k, v, *others):
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
 
 
-@torch.library.custom_op("megagpt::packed_attention", mutates_args=())
-def _packed_attention(
+def _packed_forward(
     qkv: Tensor, seed: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float, scale: float, deterministic: bool
 ) -> Saved:
     return forward(*_unpack(_readable(qkv)), seed, cu_seqlens, Setting(True, dropout_p, scale, deterministic))
 
 
-@_packed_attention.register_fake
-def _(qkv, seed, cu_seqlens, dropout_p, scale, deterministic):
+def _packed_fake(qkv, seed, cu_seqlens, dropout_p, scale, deterministic):
     return _empty_saved(_unpack(qkv)[0], qkv.shape[1], dropout_p, cu_seqlens)
 
 
-@torch.library.custom_op("megagpt::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(
+def _packed_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -119,8 +113,7 @@ def _packed_attention_backward(
     return dqkv
 
 
-@_packed_attention_backward.register_fake
-def _(dout, qkv, *others):
+def _packed_fake_backward(dout, qkv, *others):
     return qkv.new_empty(qkv.shape)
 
 
@@ -130,22 +123,38 @@ def _save(n_inputs: int):
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:n_inputs], *output)
         ctx.numbers = inputs[n_inputs + 2 :]
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # only ``out`` has a gradient
 
     return setup_context
 
 
-def _differentiate(ctx, dout, *_):
-    grads = _attention_backward(dout, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, *[None] * 6
+def _derivative(ctx, backward, dout, *_):
+    return *backward(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
 
 
-def _differentiate_packed(ctx, dout, *_):
-    return _packed_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 5
+def _packed_derivative(ctx, backward, dout, *_):
+    return backward(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 5
 
 
-_attention.register_autograd(_differentiate, setup_context=_save(3))
-_packed_attention.register_autograd(_differentiate_packed, setup_context=_save(1))
+_attention = operation(
+    "attention",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_save(3),
+    derivative=_derivative,
+)
+_packed_attention = operation(
+    "packed_attention",
+    _packed_forward,
+    _packed_backward,
+    fake=_packed_fake,
+    fake_backward=_packed_fake_backward,
+    setup_context=_save(1),
+    derivative=_packed_derivative,
+)
 
 
 def _numbers(q: Tensor, seed: Tensor | None, dropout_p: float, scale: float | None, deterministic: bool | None):
