@@ -124,6 +124,19 @@ def test_one_that_fails_at_the_size_of_the_model_is_left_out():
     assert choice.dropped == {"large": "OutOfMemoryError: tried to allocate too much"}
 
 
+def test_where_none_can_be_timed_the_first_that_is_right_is_taken():
+    """Training may have room where timing had none; if not, it says so itself."""
+
+    def fails(work):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    candidates = {"wrong": sees_the_future, "own": definition, "other": another_order}
+    choice = choose.fastest(candidates, definition, inputs(), inputs(), fails)
+    assert choice.attention == "own"
+    assert choice.milliseconds == {}
+    assert choice.dropped.keys() == {"wrong", "own", "other"}
+
+
 def test_where_none_is_right_the_reasons_are_told():
     candidates = {"own": sees_the_future, "other": refuses}
     with pytest.raises(ConfigError, match=r"own: its output is wrong.*other: RuntimeError.*--kernels torch"):

@@ -4,6 +4,7 @@ Candidates take packed queries, keys and values (B, T, 3, H, K) and give (B, T, 
 project's own are candidates: the masks of torch's are no function of the model's seeds.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -83,22 +84,23 @@ def fastest(
 ) -> Choice:
     """Of the candidates that agree with ``definition`` on ``small`` the one that ``time`` finds fastest on ``full``.
 
-    Of equals the first. Raises ConfigError when none agrees.
+    Of equals the first, and where none that agrees could be timed too. Raises ConfigError when none agrees.
     """
-    milliseconds, dropped = {}, {}
+    right, milliseconds, dropped = [], {}, {}
     for name, candidate in candidates.items():
         reason = why_wrong(candidate, definition, small)
         if reason is None:
+            right.append(name)
             try:
                 milliseconds[name] = time(_step(candidate, full))
             except Exception as error:  # out of memory, no kernel for this shape, a compiler's: each has its own type
                 reason = _first_line(error)
         if reason is not None:
             dropped[name] = reason
-    if not milliseconds:
+    if not right:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise ConfigError(f"no implementation of attention works on this device ({reasons}); use --kernels torch")
-    return Choice(min(milliseconds, key=milliseconds.get), milliseconds, dropped)
+    return Choice(min(right, key=lambda name: milliseconds.get(name, math.inf)), milliseconds, dropped)
 
 
 def why_wrong(candidate: Attention, definition: Attention, qkv: Tensor) -> str | None:
