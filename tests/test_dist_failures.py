@@ -24,7 +24,6 @@ from megagpt.errors import ConfigError, DataError, MegaGPTError, StorageError
         ("StorageError", 7, "error: told\n"),
         ("KeyboardInterrupt", 130, ""),
     ],
-    ids=str,
 )
 def test_exit_codes(fn, code, shown, capsys):
     if isinstance(fn, str):
