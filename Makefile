@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos corruption lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
@@ -19,6 +19,8 @@ help:
 	@echo "make test         install and run the tests"
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
 	@echo "make slurm-soak   every way in which Slurm stops a job, in ten minutes"
+	@echo "make chaos N=50   kill small runs 50 times and compare what comes out, bit for bit"
+	@echo "make corruption N=20000   damage checkpoints 20,000 times and see that it is found"
 	@echo "make lint         check style"
 	@echo "make bench        measure data preparation, training, fine-tuning and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
@@ -54,6 +56,12 @@ slurm-test: install
 slurm-soak: install
 	.ci/install-slurm
 	$(BIN)/python -m pytest tests/soak_slurm.py
+
+chaos: install
+	PYTHONPATH=. $(BIN)/python tests/chaos.py --kills $(or $(N),50)
+
+corruption: install
+	PYTHONPATH=. $(BIN)/python tests/corruption.py --count $(or $(N),20000)
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

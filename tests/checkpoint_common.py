@@ -50,8 +50,8 @@ def shard(run_dir: Path, step: int, rank: int = 1) -> Path:
     return folder(run_dir, step) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
-def resume(run_dir: Path, *more, ranks=2, **changes) -> tuple[int, str]:
-    codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks)
+def resume(run_dir: Path, *more, ranks=2, env=None, **changes) -> tuple[int, str]:
+    codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks, env=env)
     assert len(set(codes)) == 1, output
     return codes[0], output
 
@@ -60,3 +60,34 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """What was computed at each step, without what was measured about the computing."""
+    keep = ("step", "loss", "lr", "grad_norm", "loss_scale", "tokens", "samples", "skipped_steps")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k in keep or k.startswith("valid/")} for r in records]
+
+
+def tensors(folder: Path) -> dict:
+    """Every tensor of every shard of a checkpoint, by file and place."""
+    import torch
+
+    from megagpt.train.checkpoint import allow_checkpoint_classes
+
+    found = {}
+
+    def walk(prefix, value):
+        if torch.is_tensor(value):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{prefix}/{key}", part)
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                walk(f"{prefix}/{i}", part)
+
+    allow_checkpoint_classes()
+    for path in sorted(folder.glob("*.pt")):
+        walk(path.name, torch.load(path, weights_only=True))
+    return found

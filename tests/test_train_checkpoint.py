@@ -89,7 +89,7 @@ def test_a_pickle_that_would_run_code_is_refused(run_dir, tmp_path):
     content = json.loads((folder(run_dir, 4) / manifest.MANIFEST).read_text())
     entry = manifest.hash_file(folder(run_dir, 4), path.name)
     content["files"][path.name] = {"size": entry.size, "sha256": entry.sha256}
-    (folder(run_dir, 4) / manifest.MANIFEST).write_text(json.dumps(content))
+    manifest.write(folder(run_dir, 4), content)
     command = [sys.executable, REPO / "train.py", *map(str, arguments(run_dir, max_steps=6))]
     processes = start_ranks(command, tmp_path, stderr=subprocess.PIPE)
     errors = [process.communicate(timeout=120)[1].decode() for process in processes]
@@ -104,8 +104,8 @@ def test_a_pickle_that_would_run_code_is_refused(run_dir, tmp_path):
     [
         ({"d_model": 64}, 2, "is of another model: d_ff 128 there and 256 now, d_model 32 there and 64 now"),
         ({"seed": 5}, 2, "is of other data: seed 1234 there and 5 now"),
-        ({}, 1, "number of ranks 2 in the checkpoint and 1 now"),
-        ({"stage": 2}, 2, "ZeRO stage 1 in the checkpoint and 2 now"),
+        ({"stage": 3}, 2, "ZeRO stage 1 in the checkpoint and 3 now"),
+        ({"stage": 2}, 1, "number of ranks 2 in the checkpoint and 1 now, ZeRO stage 1 in the checkpoint and 2 now"),
         ({"precision": "bf16"}, 2, "precision fp32 in the checkpoint and bf16 now"),
         ({"resume": "never"}, 2, "already holds checkpoints (newest global_step4) and --resume is never"),
         ({"resume": "nowhere"}, 2, "nowhere does not exist"),

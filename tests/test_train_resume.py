@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_common import curve, tensors
 from corpora import tiny_corpus
 from distributed import train
 
@@ -35,35 +36,6 @@ def arguments(config: Path, run_dir: Path, *more) -> list:
         *["--ds_config", config, "--model", "tiny", *shape, *data, "--run_dir", run_dir],
         *["--max_steps", STEPS, "--warmup_steps", 2, "--lr", 1e-3, *when, *more],
     ]
-
-
-def curve(run_dir: Path) -> list[dict]:
-    """What was computed at each step, without what was measured about the computing."""
-    keep = ("step", "loss", "lr", "grad_norm", "tokens", "samples", "skipped_steps")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k in keep or k.startswith("valid/")} for r in records]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every shard of a checkpoint, by file and place."""
-    found = {}
-
-    def walk(prefix, value):
-        if torch.is_tensor(value):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                walk(f"{prefix}/{key}", part)
-        elif isinstance(value, list | tuple):
-            for i, part in enumerate(value):
-                walk(f"{prefix}/{i}", part)
-
-    from megagpt.train.checkpoint import allow_checkpoint_classes
-
-    allow_checkpoint_classes()
-    for path in sorted(folder.glob("*.pt")):
-        walk(path.name, torch.load(path, weights_only=True))
-    return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -76,6 +76,8 @@ class TrainSettings:
     keep_last: int = 3  # checkpoints kept beside the best one
     seed: int = 1234  # of initialisation, data order and dropout
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
+    mirror: str | None = None  # a second folder to which each checkpoint is copied in the background
+    async_save: bool = False  # write checkpoints in the background, from a copy in memory
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
     preflight: Literal["no", "warn", "stop"] = "no"  # check and measure all hosts first; stop: on slow ones as well
     rendezvous_timeout: float = 120.0  # seconds in which all ranks have to come to the meeting point
@@ -106,8 +108,8 @@ class TrainSettings:
             yield f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}"
 
     def _text_problems(self):
-        for name in ("ds_config", "run_dir", "resume"):
-            if not getattr(self, name).strip():
+        for name in ("ds_config", "run_dir", "resume", "mirror"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 yield f"--{name} is empty"
         if self.resume.endswith(".safetensors"):
             yield f"--resume {self.resume} has weights and no state to go on from; --init_from starts a new run from it"

@@ -122,7 +122,10 @@ def _plain(content: bytes, source: str) -> bytes:
     if all(definition.get(name) is None for name in additions):
         return content
     definition.update(dict.fromkeys(additions))
-    return json.dumps(definition, ensure_ascii=False).encode()
+    try:
+        return json.dumps(definition, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{source} is not a tokenizer.json: it holds half a character (a lone surrogate)") from None
 
 
 def _vocab_size(definition: dict, source: str) -> int:

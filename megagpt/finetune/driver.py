@@ -23,11 +23,12 @@ from megagpt.finetune.phases import open_engine, padding_line
 from megagpt.finetune.plan import FinetunePlan, PhasePlan
 from megagpt.finetune.score import METRICS, score
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, optim, report, restarts, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, mirror, optim, report, restarts, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan
 from megagpt.train.log import RunLog
 from megagpt.train.loop import Intervals, Loop
+from megagpt.train.mirror import Mirror
 from megagpt.train.seeds import seed_all
 from megagpt.train.stopping import StopRequests
 
@@ -59,7 +60,7 @@ def finetune(plan: FinetunePlan, world: dist.World, device: torch.device, stop: 
 @contextmanager
 def opened(plan: FinetunePlan, world: dist.World, device: torch.device, stop: StopRequests) -> Iterator["Run"]:
     """The run with its folder to itself, before its first phase."""
-    with folder.locked(plan.run_dir):
+    with folder.locked(plan.run_dir, plan.settings.mirror):
         stop.watch(plan.run_dir, plan.settings)
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
@@ -88,6 +89,7 @@ class Run:
     stop: StopRequests
     log: RunLog | None = None
     state: checkpoint.TrainState = field(default_factory=checkpoint.TrainState)
+    mirror: Mirror | None = None
     begun: float = field(default_factory=time.time)
 
     def run(self) -> None:
@@ -137,6 +139,7 @@ class Run:
         frozen = weights.digests(engine.module, lambda p: not p.requires_grad)
         while self.state.step < phase.end and not self._is_out_of_patience(phase):
             loop.advance()
+        loop.saver.settle()
         weights.average_buffers(engine.module)
         if weights.digests(engine.module, lambda p: not p.requires_grad) != frozen:
             raise AssertionError(f"phase {phase.phase.name} changed parameters that it was to leave alone")
@@ -208,6 +211,8 @@ class Run:
             on_best=lambda: self._save_best(engine, held),
             before_save=lambda: weights.average_buffers(engine.module),
             stop=self.stop,
+            mirror=self.mirror,
+            async_save=plan.settings.async_save,
         )
 
     def _peak_flops(self) -> float | None:
@@ -287,6 +292,7 @@ class Run:
             )
 
         self.log = dist.everywhere(opened)
+        self.mirror = mirror.of(plan.settings, self.log.message)
         for line in [*self.notes, *results.opening_lines(plan, self.ops, step)]:
             self.log.message(line)
 
@@ -294,6 +300,8 @@ class Run:
         """Predictions and metrics of the best weights, for every split but train."""
         plan = self.plan
         dist.beat("evaluation", self.state.step)
+        if self.mirror is not None:
+            self.mirror.finish()
         model = dist.everywhere(lambda: weights.load(plan.run_dir / weights.MODEL, self.device)[0])
         found = {}
         for split in [*plan.data.valid.values(), *plan.data.test.values()]:

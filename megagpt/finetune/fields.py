@@ -86,6 +86,8 @@ class FinetuneSettings:
     patience: int | None = None  # stop after this many epochs without a better result
     seed: int = 1234  # of the head's initial values, the order of examples and dropout
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
+    mirror: str | None = None  # a second folder to which each checkpoint is copied in the background
+    async_save: bool = False  # write checkpoints in the background, from a copy in memory
     kernels: Literal["auto", "torch", "cpu", "triton"] = "auto"  # which operations; auto: the fastest that serve here
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0 none, 1 all
     distributed_timeout_minutes: float = 10.0  # how long ranks wait for each other before the run ends
@@ -118,8 +120,8 @@ class FinetuneSettings:
             yield f"--seeds {self.seeds!r} is no list of whole numbers like 1,2,3"
 
     def _source_problems(self):
-        for name in ("ds_config", "init_from", "run_dir", "resume"):
-            if not getattr(self, name).strip():
+        for name in ("ds_config", "init_from", "run_dir", "resume", "mirror"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 yield f"--{name} is empty"
         if self.exit_signal is not None and stop_signal(self.exit_signal) is None:
             yield f"--exit_signal {self.exit_signal[:40]} is no signal to stop on; give USR2, HUP or another one"

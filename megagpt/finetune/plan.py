@@ -22,6 +22,7 @@ from megagpt.finetune.spec import TaskSpec
 from megagpt.finetune.transforms import N_TASK_TOKENS
 from megagpt.model.config import GPTConfig
 from megagpt.train import manifest
+from megagpt.train.ranks import keep_global_batch
 from megagpt.train.schedule import Schedule
 
 _BATCH = 32  # examples an update (Radford et al. 2018, section 4.1)
@@ -170,6 +171,7 @@ def make_plan(settings: FinetuneSettings, raw: dict, world: dist.World) -> Finet
     tokenizer_path, tokenizer = read_tokenizer(settings, sha256, source_model)
     recipe = load_recipe(settings.recipe, _choices(settings))
     model = _model(settings, source_model, recipe)
+    raw, settings = keep_global_batch(raw, settings, world.world_size)
     config = ds.resolve(
         raw,
         settings,

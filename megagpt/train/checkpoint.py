@@ -6,23 +6,23 @@ killed anywhere in between leaves the older checkpoints as they were.
 """
 
 import contextlib
+import copy
 import io
 import json
 import pickle
-import random
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.model.gpt import decays
-from megagpt.train import manifest
+from megagpt.train import faults, manifest, reshard
+from megagpt.train.seeds import rng_state, seed_all, set_rng_state
 from megagpt.train.writer import Writer
 
 
@@ -37,29 +37,6 @@ class TrainState:
     best_step: int | None = None
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
-
-
-def rng_state() -> dict:
-    """The state of every random generator of this rank: torch's of CPU and device, numpy's and Python's."""
-    version, words, gauss = random.getstate()
-    kind, keys, pos, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of :func:`rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
 
 
 def _rng_name(rank: int) -> str:
@@ -92,25 +69,69 @@ def save(engine, root: Path, state: TrainState, config: ResolvedConfig, *, neede
 
     Raises StorageError on every rank when any rank could not write; nothing that was there before is touched then.
     """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    final, tmp = root / manifest.tag_name(state.step), root / manifest.tmp_name(state.step)
+    return begin(engine, root, state, config, needed=needed, in_background=False).finish()
+
+
+def begin(
+    engine, root: Path, state: TrainState, config: ResolvedConfig, *, needed: int, in_background: bool
+) -> "UnfinishedSave":
+    """The first part of :func:`save`: the files are being written, ``in_background`` from a copy in memory.
+
+    There is no checkpoint before :meth:`UnfinishedSave.finish`. Without ``in_background`` it has to come before the
+    next update of the weights.
+    """
+    rank = torch.distributed.get_rank()
+    tmp = root / manifest.tmp_name(state.step)
+    faults.point("save_begun")
     dist.everywhere(lambda: _prepare_folder(root, tmp, needed) if rank == 0 else None)
 
-    writer = Writer(tmp)
+    writer = Writer(tmp, copied=in_background)
     engine.checkpoint_engine.save = writer.save
     engine._copy_recovery_script = partial(_copy_scripts, engine)
     # Without this key DeepSpeed's converter to other numbers of ranks refuses ZeRO-1 and 2.
     client_state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-    with _without_crc32():
+    with _without_crc32():  # the threads that write look at it; those of a save in the background may compute it
         engine.save_checkpoint(str(root), tag=tmp.name, client_state=client_state, save_latest=False)
         writer.save(rng_state(), tmp / _rng_name(rank))
-        writer.finish()
-    dist.everywhere(lambda: _finish_rank(writer, tmp, rank, state))
+        faults.point("shards_written")
+        if not in_background:
+            writer.finish()
+    return UnfinishedSave(writer, tmp, root / manifest.tag_name(state.step), copy.deepcopy(state), config)
 
-    shares = dist.gather_json([asdict(entry) for entry in writer.entries])
-    entries = [manifest.FileEntry(**entry) for share in shares for entry in share]
-    dist.everywhere(lambda: _commit(tmp, final, entries, state, config, world_size) if rank == 0 else None)
-    return final
+
+@dataclass
+class UnfinishedSave:
+    """A checkpoint whose files are being written."""
+
+    writer: Writer
+    tmp: Path
+    final: Path
+    state: TrainState  # of the step that is saved
+    config: ResolvedConfig
+
+    def written(self) -> bool:
+        """Whether the files of this rank are on disk, or have failed."""
+        return self.writer.done()
+
+    def finish(self) -> Path:
+        """Wait for the files and make them a checkpoint; its folder. Every rank calls this. Raises StorageError."""
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        tmp, writer = self.tmp, self.writer
+        writer.finish()
+        try:
+            dist.everywhere(lambda: _finish_rank(writer, tmp, rank, self.state))
+        except StorageError:
+            # A partial checkpoint would eat the space that is missing. Nobody writes to it any more.
+            if rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        faults.point("ranks_agreed")
+        shares = dist.gather_json([asdict(entry) for entry in writer.entries])
+        entries = [manifest.FileEntry(**entry) for share in shares for entry in share]
+        dist.everywhere(
+            lambda: _commit(tmp, self.final, entries, self.state, self.config, world_size) if rank == 0 else None
+        )
+        return self.final
 
 
 def _copy_scripts(engine, root: str) -> None:
@@ -136,6 +157,7 @@ def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:
         check_space(root, needed)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
+        faults.point("folder_made")
     except OSError as error:
         raise StorageError(f"cannot write checkpoints to {root}: {error.strerror}") from None
 
@@ -146,13 +168,11 @@ def _finish_rank(writer: Writer, tmp: Path, rank: int, state: TrainState) -> Non
         if rank == 0:
             manifest.write_atomically(tmp / manifest.STATE, json.dumps(asdict(state), indent=1))
             writer.entries.append(manifest.hash_file(tmp, manifest.STATE))
+            faults.point("state_written")
+        faults.point("rank_done")
     except OSError as error:
         writer.error = writer.error or error
-    try:
-        writer.raise_error()
-    except StorageError:
-        shutil.rmtree(tmp, ignore_errors=True)  # a partial checkpoint would eat the space that is missing
-        raise
+    writer.raise_error()
 
 
 def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, world_size: int) -> None:
@@ -161,17 +181,17 @@ def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, worl
         "world_size": world_size,
         "zero_stage": config.zero_stage,
         "precision": config.precision,
+        "batch": [config.micro_batch, config.accumulation, config.global_batch],
         "model": state.model,
         "data": state.data,
     }
     try:
-        if final.exists():  # a damaged checkpoint of this very step: the good one takes its place
-            shutil.rmtree(final)
         manifest.commit(tmp, final, entries, header)
-        manifest.write_latest(final.parent, state.step)
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)
         raise StorageError(f"cannot commit the checkpoint {final}: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # a hint for other tools: the checkpoint is there without it
+        manifest.write_latest(final.parent, state.step)
 
 
 def folders(root: Path) -> list[Path]:
@@ -187,16 +207,21 @@ def problem(folder: Path) -> str | None:
 
 
 def check_layout(folder: Path, config: ResolvedConfig) -> None:
-    """Raise ConfigError where a checkpoint was cut in another way than this run cuts its own."""
+    """Raise ConfigError where a checkpoint was cut in a way that this run cannot go on from.
+
+    Another number of ranks is none: :func:`load` cuts it anew. ZeRO-1 and 2 have the same files.
+    """
     header = manifest.read(folder)
+    ranks, stages = header["world_size"], (header["zero_stage"], config.zero_stage)
+    cut_anew = ranks != config.world_size
     differing = [
         f"{what} {found} in the checkpoint and {wanted} now"
-        for what, found, wanted in (
-            ("number of ranks", header["world_size"], config.world_size),
-            ("ZeRO stage", header["zero_stage"], config.zero_stage),
-            ("precision", header["precision"], config.precision),
+        for what, found, wanted, matters in (
+            ("number of ranks", ranks, config.world_size, config.offload_optimizer == "nvme" or stages[0] != stages[1]),
+            ("ZeRO stage", *stages, cut_anew or set(stages) != {1, 2}),
+            ("precision", header["precision"], config.precision, True),
         )
-        if found != wanted
+        if found != wanted and matters
     ]
     if differing:
         raise ConfigError(
@@ -205,17 +230,30 @@ def check_layout(folder: Path, config: ResolvedConfig) -> None:
         )
 
 
-def load(engine, folder: Path) -> TrainState:
-    """Load weights, optimiser, loss scaler and random states of an intact checkpoint into ``engine``; its state."""
+def load(engine, folder: Path, config: ResolvedConfig, *, seed: int) -> TrainState:
+    """Load weights, optimiser, loss scaler and random states of an intact checkpoint into ``engine``; its state.
+
+    Other ranks than those that saved it get random states of their own from ``seed`` and the step.
+    """
     state = read_state(folder)
+    cut_anew = manifest.read(folder)["world_size"] != config.world_size
     allow_checkpoint_classes()
     try:
-        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if cut_anew and config.zero_stage > 0:
+            reshard.load(engine, folder)
+            loaded = folder
+        else:  # without ZeRO every rank has all of it
+            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if not cut_anew:
+            random_state = torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True)
     except pickle.UnpicklingError as error:
         raise _foreign(folder, error) from None
     if loaded is None:
         raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
-    set_rng_state(torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True))
+    if cut_anew:
+        seed_all(seed + 1 + torch.distributed.get_rank() + 1_000_003 * state.step)
+    else:
+        set_rng_state(random_state)
     return state
 
 

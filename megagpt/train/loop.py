@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from megagpt import dist
-from megagpt.errors import NumericError, Stopped, StorageError
+from megagpt.errors import NumericError, Stopped
 from megagpt.train import checkpoint, manifest, postmortem, replicas
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import MicroBatches
+from megagpt.train.mirror import Mirror
+from megagpt.train.saving import Saver
 from megagpt.train.schedule import Schedule
 from megagpt.train.stopping import NOTHING, STOP, StopRequests
 from megagpt.train.stragglers import RankTimes
 
 _MAX_SKIPPED = 10  # updates without a finite gradient in a row after which a run stops
 _WINDOW, _MAX_IN_WINDOW = 100, 30  # ... and among the last hundred
-_MAX_FAILED_SAVES = 3  # periodic saves that may fail in a row
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Loop:
         on_best: Callable[[], None] = lambda: None,
         before_save: Callable[[], None] = lambda: None,
         stop: StopRequests | None = None,
+        mirror: Mirror | None = None,
+        async_save: bool = False,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -104,15 +107,23 @@ class Loop:
         self.on_best = on_best
         self.before_save = before_save
         self.stop = stop or StopRequests()
+        self.saver = Saver(
+            engine,
+            root,
+            state,
+            config,
+            needed=checkpoint_bytes,
+            keep_last=intervals.keep_last,
+            say=log.message,
+            saved=self.stop.saved,
+            mirror=mirror,
+            in_background=async_save,
+        )
         self.last_valid: dict[str, dict] = {}
-        # Resuming found these damaged, or it would have gone on from one of them.
-        self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
-        self._failed_saves = 0
         self._skipped_in_a_row = 0
         self._skipped_lately: deque[bool] = deque(maxlen=_WINDOW)
         self._last_steps = postmortem.LastSteps()
         self._rank_times = RankTimes(engine.device)
-        self._saved_step = state.step  # the checkpoint that the run goes on from, or there is nothing yet to save
         self._evaluation_seconds = 0.0
         self._is_warm = False  # the first step compiles and reads cold files
         self._mark_time()
@@ -130,6 +141,8 @@ class Loop:
 
     def advance(self) -> None:
         """One optimiser step, and what is due after it. Raises Stopped, with everything saved, when asked to stop."""
+        if self.saver.settle(wait=False):
+            self._mark_time()
         self._heed_requests()
         try:
             loss = self._step()
@@ -145,7 +158,8 @@ class Loop:
         level = self.stop.agree(self.engine.device, checkpoint_bytes=self.checkpoint_bytes, soon=soon)
         if level == NOTHING:
             return
-        if self.state.step > self._saved_step:
+        self.saver.settle()
+        if self.state.step > self.saver.saved_step:
             self._save(final=level == STOP, evaluated=False)
         if level == STOP:
             self.log.message(
@@ -282,29 +296,12 @@ class Loop:
     def _save(self, *, final: bool, evaluated: bool) -> None:
         dist.beat("save", self.state.step)
         self.stop.look_again()
+        self.saver.settle()
         self.before_save()
         best = self.state.best_loss, self.state.best_step
         if evaluated and self._note_best():
             self.on_best()  # before the checkpoint that says so: a run that goes on from it does not repeat it
-        begun = time.perf_counter()
-        try:
-            folder = checkpoint.save(self.engine, self.root, self.state, self.config, needed=self.checkpoint_bytes)
-        except StorageError as error:
-            self._failed_saves += 1
-            if final or self._failed_saves >= _MAX_FAILED_SAVES:
-                raise
-            self.log.message(f"WARNING: checkpoint of step {self.state.step} failed, going on: {error}")
-            self.state.best_loss, self.state.best_step = best  # the one that is there must not be pruned
-            self._mark_time()
-            return
-        self._failed_saves = 0
-        self._saved_step = self.state.step
-        self.stop.saved(time.perf_counter() - begun)
-        self.log.message(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
-        self._passed_over.discard(self.state.step)  # there is a good one now
-        if dist.is_main():
-            keep = {self.state.best_step} - {None}
-            manifest.prune(self.root, self.intervals.keep_last, keep, self._passed_over)
+        self.saver.save(final=final, best=best)
         self._mark_time()
 
     def _note_best(self) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: names, manifests, verification, retention. No torch, no DeepSpeed, no process group.
+"""Checkpoint folders on disk: names, manifests, verification. No torch, no DeepSpeed, no process group.
 
 A checkpoint is a folder ``global_step<N>`` whose ``manifest.json`` lists every other file with its size and SHA-256.
 It is written under a hidden name and gets its real one by a rename, so what has the name is whole; ``latest`` is only
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megagpt.errors import CheckpointError
+from megagpt.train import faults
 
 FOLDER = "checkpoints"  # inside the run folder
 MANIFEST = "manifest.json"
 STATE = "megagpt_state.json"  # step, samples, model, data: what a checkpoint holds beside tensors
-FORMAT = 1
-_TAG = re.compile(r"^global_step([0-9]{1,18})$")
-_TMP = re.compile(r"^\.tmp-global_step[0-9]+$")
+LATEST = "latest"
+FORMAT = 2  # 1 had no hash of the manifest itself
+_MOST_BYTES = 1 << 26  # of a manifest: more was not written by us
+_TAG = re.compile(r"^global_step(0|[1-9][0-9]{0,17})$")
 
 
 def tag_name(step: int) -> str:
@@ -154,51 +156,105 @@ def commit(tmp: Path, final: Path, entries: Iterable[FileEntry], header: dict) -
     ``header`` holds what identifies the checkpoint: step, world size, ZeRO stage, precision, model, data.
     """
     files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
-    body = json.dumps({"format": FORMAT, **header, "files": files}, indent=1)
-    with open(tmp / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
+    write(tmp, {"format": FORMAT, **header, "files": files})
+    publish(tmp, final)
+
+
+def publish(tmp: Path, final: Path) -> None:
+    """Give ``tmp``, whose manifest and other files are on disk, the name ``final``.
+
+    What already has the name is a damaged checkpoint of this very step: the good one takes its place.
+    """
     fsync(tmp)
+    faults.point("manifest_synced")
+    old = final.with_name(f".tmp-old-{final.name}")
+    remove(old)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(final, old)
     os.rename(tmp, final)
+    faults.point("renamed")
     fsync(final.parent)
+    remove(old)
+    faults.point("committed")
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or, without following it, a link, as far as that can be done."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write(folder: Path, manifest: dict) -> None:
+    """Write the manifest of ``folder`` with the hash of itself, and force it to disk."""
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(_text(manifest))
+        file.flush()
+        faults.point("manifest_written")
+        os.fsync(file.fileno())
+
+
+def _text(manifest: dict) -> str:
+    """The one text of a manifest. Its last entry is the hash of the text without it."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    own = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    return json.dumps({**body, "sha256": own}, indent=1)
 
 
 def read(folder: Path) -> dict:
     """The manifest of a checkpoint folder. Raises ValueError with the reason when there is no usable one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if (folder / MANIFEST).is_symlink() or (folder / MANIFEST).stat().st_size > _MOST_BYTES:
+            raise ValueError("it is a link or too large to be one")
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not manifest["files"]:
         raise ValueError(f"its {MANIFEST} lists no files")
-    if manifest.get("format") != FORMAT:
+    if type(manifest.get("format")) is not int or manifest["format"] not in (1, FORMAT):
         raise ValueError(f"its format is {manifest.get('format')!r} and this version reads {FORMAT}")
     if manifest.get("step") != step_of(folder):
         raise ValueError(f"its manifest is of step {manifest.get('step')!r}")
     for name, entry in manifest["files"].items():
-        escapes = os.path.isabs(name) or ".." in Path(name).parts
+        escapes = os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
         if escapes or not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise ValueError(f"its manifest has an impossible entry {name!r}")
+    if (manifest["format"] != 1 or "sha256" in manifest) and text != _text(manifest):
+        raise ValueError(f"its {MANIFEST} was changed: the hash in it is of another text")
     return manifest
 
 
 def check_file(folder: Path, name: str, entry: dict) -> str | None:
     """What is wrong with one file against its manifest entry, or None."""
-    path = folder / name
-    if path.is_symlink() or not path.is_file():
-        return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return f"{name} has {size} bytes and its manifest says {entry['size']}"
+    found = _size_problem(folder, name, entry)
+    if found:
+        return found
     try:
         if hash_file(folder, name).sha256 != entry["sha256"]:
             return f"{name} is damaged: its SHA-256 differs from the manifest's"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def _size_problem(folder: Path, name: str, entry: dict) -> str | None:
+    path = folder / name
+    if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name} is missing"
+    size = path.stat().st_size
+    return None if size == entry["size"] else f"{name} has {size} bytes and its manifest says {entry['size']}"
+
+
+def seems_whole(folder: Path) -> bool:
+    """Whether manifest and sizes are right: what can be said of a checkpoint without reading all of it."""
+    try:
+        return not any(_size_problem(folder, *item) for item in read(folder)["files"].items())
+    except (ValueError, OSError):
+        return False
 
 
 def problem(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
@@ -210,6 +266,10 @@ def problem(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
         manifest = read(folder)
     except ValueError as error:
         return str(error)
+    # DeepSpeed takes shards by the pattern of their names.
+    foreign = sorted({path.name for path in folder.glob("*.pt")} - manifest["files"].keys())
+    if foreign:
+        return f"it holds {foreign[0]}, of which its manifest knows nothing"
     for name in sorted(manifest["files"])[part::parts]:
         found = check_file(folder, name, manifest["files"][name])
         if found:
@@ -238,6 +298,11 @@ def newest_intact(
             f"no checkpoint under {root} is intact ({'; '.join(skipped)}); restore one from a copy, "
             "or start again with --resume never in another --run_dir"
         )
+    if (root / LATEST).is_file():
+        raise CheckpointError(
+            f"{root} has had checkpoints, for it holds a file {LATEST}, and none is left; bring them back, "
+            "or start again in another --run_dir"
+        )
     return None, skipped
 
 
@@ -263,33 +328,5 @@ def locate(
 
 def write_latest(root: Path, step: int) -> None:
     """Point ``latest``, which DeepSpeed's own tools read, to ``step``."""
-    write_atomically(root / "latest", tag_name(step))
-
-
-def remove_leftovers(root: Path) -> list[Path]:
-    """Delete what dead runs left half-written under ``root``; the caller holds the run folder's lock."""
-    leftovers = [p for p in root.iterdir() if _TMP.match(p.name) and p.is_dir()] if root.is_dir() else []
-    for folder in leftovers:
-        shutil.rmtree(folder, ignore_errors=True)
-    return leftovers
-
-
-def prune(root: Path, keep_last: int, keep: set[int], passed_over: Iterable[int] = ()) -> list[int]:
-    """Delete all checkpoints but the ``keep_last`` newest and the steps in ``keep``; the deleted steps.
-
-    At least the two newest stay whatever ``keep_last`` says, for one of them may turn out damaged. Those
-    ``passed_over`` because they are damaged are neither deleted nor counted.
-    """
-    deleted = []
-    ours = [folder for folder in folders(root) if step_of(folder) not in passed_over]
-    for folder in ours[max(2, keep_last) :]:
-        step = step_of(folder)
-        if step in keep:
-            continue
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        doomed = root / tmp_name(step)
-        with contextlib.suppress(OSError):
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-            deleted.append(step)
-    return deleted
+    write_atomically(root / LATEST, tag_name(step))
+    faults.point("latest_written")

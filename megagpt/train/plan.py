@@ -13,6 +13,7 @@ from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.config import GPTConfig
 from megagpt.train import manifest
 from megagpt.train.corpus import Corpora, open_corpora
+from megagpt.train.ranks import keep_global_batch
 from megagpt.train.schedule import Schedule
 
 _DEFAULT_MODEL = "gpt1"
@@ -84,6 +85,7 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
     source = _source(settings)
     shape = _shape(settings, source.model if source else None)
     preset = training_preset(settings.model or _DEFAULT_MODEL)
+    raw, settings = keep_global_batch(raw, settings, world.world_size)
     config = ds.resolve(
         raw,
         settings,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megagpt import dist
 from megagpt.errors import ConfigError
-from megagpt.train import checkpoint, manifest
+from megagpt.train import checkpoint, manifest, mirror
 from megagpt.train.optim import decays_group
 from megagpt.train.plan import Plan
 
@@ -20,11 +20,32 @@ def checkpoint_to_resume(plan: Plan) -> tuple[Path | None, list[str]]:
     wanted = plan.settings.resume
     source, notes = None, []
     if wanted == "auto":
-        source, notes = manifest.newest_intact(plan.root, checkpoint.problem, checkpoint.folders)
+        if plan.settings.mirror is None:
+            source, notes = manifest.newest_intact(plan.root, checkpoint.problem, checkpoint.folders)
+        else:
+            source, notes = mirror.newest_intact(plan.root, Path(plan.settings.mirror, manifest.FOLDER))
     elif wanted != "never":
         source, notes = manifest.locate(Path(wanted), checkpoint.problem, checkpoint.folders)
     dist.everywhere(lambda: _check(plan, source, notes) if dist.is_main() else None)
-    return source, notes
+    return source, [*notes, *(_changes(plan, source) if source is not None else [])]
+
+
+def _changes(plan: Plan, source: Path) -> list[str]:
+    """What is not as it was when ``source`` was saved and need not be."""
+    header, config = manifest.read(source), plan.config
+    changes = []
+    if header["world_size"] != config.world_size:
+        batch = [config.micro_batch, config.accumulation, config.global_batch]
+        before = header.get("batch", ["?", "?", "?"])
+        kept = f"{batch[2]} kept" if before[2] == batch[2] else f"{before[2]} then, {batch[2]} now"
+        changes.append(
+            f"ranks: {header['world_size']} then, {config.world_size} now; {source.name} is cut anew; micro-batch "
+            f"{before[0]} then, {batch[0]} now; accumulation {before[1]} then, {batch[1]} now; global batch {kept}; "
+            "dropout draws anew"
+        )
+    if header["zero_stage"] != config.zero_stage:
+        changes.append(f"ZeRO stage: {header['zero_stage']} then, {config.zero_stage} now")
+    return changes
 
 
 def _check(plan: Plan, source: Path | None, notes: list[str]) -> None:
@@ -39,7 +60,7 @@ def _check(plan: Plan, source: Path | None, notes: list[str]) -> None:
 
 def load(engine, source: Path, plan: Plan) -> checkpoint.TrainState:
     """Load ``source`` into ``engine``. The file holds the settings of its time; today's flags count."""
-    state = checkpoint.load(engine, source)
+    state = checkpoint.load(engine, source, plan.config, seed=plan.settings.seed)
     state.model = plan.model.to_dict()
     for group in engine.optimizer.param_groups:
         group["betas"], group["eps"] = plan.optimiser["betas"], plan.optimiser["eps"]

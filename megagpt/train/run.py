@@ -15,7 +15,7 @@ from megagpt.errors import CheckpointError, Stopped
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, manifest, optim, report, restarts, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, manifest, mirror, optim, report, restarts, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
@@ -39,7 +39,7 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
         timeout,
         lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout),
     )
-    with folder.locked(plan.run_dir):
+    with folder.locked(plan.run_dir, plan.settings.mirror):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
         dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
         if plan.settings.preflight != "no":
@@ -68,6 +68,8 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float, st
         if loop.state.step == 0:
             loop.run_evaluation()
         loop.run()
+        if loop.saver.mirror is not None:
+            loop.saver.mirror.finish()
         checkpoint_folder = plan.root / manifest.tag_name(loop.state.step)
         loop.log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
 
@@ -171,6 +173,8 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         flops_per_token=plan.model.flops_per_token(),
         peak_flops=peak,
         stop=stop,
+        mirror=mirror.of(settings, log.message),
+        async_save=settings.async_save,
     )
 
 

@@ -4,6 +4,7 @@ One core hashes as fast as a disk writes, and the copy into the kernel's memory 
 copying and the disk's own work go on side by side, and two files beside each other.
 """
 
+import copy
 import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megagpt.errors import StorageError
-from megagpt.train import manifest
+from megagpt.train import faults, manifest
 
 _FILES = 2  # written at a time: weights and optimiser states
 _HASH_APART = 1 << 20  # bytes from which hashing in a second thread beside the write pays
@@ -79,15 +80,35 @@ def _begin_writeback(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
+def copy_to_cpu(value, storages: dict):
+    """``value`` with every tensor in it copied to the CPU; tensors that share memory still do, by ``storages``."""
+    if torch.is_tensor(value):
+        storage = value.untyped_storage()
+        key = (storage.data_ptr(), value.device)
+        if key not in storages or not storage.nbytes():
+            storages[key] = storage.cpu() if value.device.type != "cpu" else storage.clone()
+        tensor = torch.empty(0, dtype=value.dtype)
+        return tensor.set_(storages[key], value.storage_offset(), value.size(), value.stride())
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: copy_to_cpu(part, storages) for key, part in value.items()})
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(copy_to_cpu(part, storages) for part in value)
+    return copy.deepcopy(value)
+
+
 class Writer:
     """Stands in for the save function of DeepSpeed's checkpoint engine: writes, hashes and syncs in one pass.
 
-    Files are written while DeepSpeed goes on to the next; the tensors must not change before :meth:`finish` returns. A
+    Files are written while DeepSpeed goes on to the next; the tensors must not change before :meth:`finish` returns,
+    unless they are ``copied`` to the CPU's memory first. A
     failure is kept and not raised, for the other ranks wait in DeepSpeed's barrier; :meth:`raise_error` comes later.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, copied: bool = False) -> None:
         self.folder = folder
+        self._copied = copied
         self.entries: list[manifest.FileEntry] = []
         self.error: Exception | None = None
         self._pool = ThreadPoolExecutor(_FILES, thread_name_prefix="checkpoint")
@@ -95,10 +116,16 @@ class Writer:
 
     def save(self, state_dict, path) -> None:
         """Begin to write ``state_dict`` to ``path``."""
+        if self._copied:
+            state_dict = copy_to_cpu(state_dict, {})
         self._pending.append(self._pool.submit(self._save, state_dict, Path(path)))
 
+    def done(self) -> bool:
+        """Whether every file is written, or has failed."""
+        return all(job.done() for job in self._pending)
+
     def finish(self) -> None:
-        """Wait for every file."""
+        """Wait for every file. A second call does nothing."""
         self._pool.shutdown()
         for job in self._pending:
             try:
@@ -110,8 +137,11 @@ class Writer:
     def _save(self, state_dict, path: Path) -> manifest.FileEntry:
         file = HashingFile(path)
         try:
+            faults.point("file_opened")
             torch.save(state_dict, file)
+            faults.point("file_written")
             digest = file.close()
+            faults.point("file_synced")
         except (OSError, RuntimeError):
             file.abandon()
             if file.error is not None:
