@@ -41,7 +41,7 @@ LIGHT = {
 }
 # Packages that belong to one place.
 OWNERS = {
-    "deepspeed": {"megagpt.train.engine", "megagpt.train.checkpoint"},
+    "deepspeed": {"megagpt.train.engine", "megagpt.train.checkpoint", "megagpt.train.reshard"},
     "megagpt_kernels": {"megagpt.ops.triton_ops"},
     "triton": {"megagpt_kernels"},
     "apex": {"megagpt.train.optim"},
