@@ -16,7 +16,7 @@ from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.finetune.recipes import Choices, load_recipe
 from megagpt.train import manifest
 
-QUICK = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 ODD = st.sampled_from(
     [
         *[None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, -0.0, float("nan"), float("inf")],
@@ -87,7 +87,7 @@ def test_a_tokenizer(tokenizer, tmp_path):
     good = json.loads(path.read_text())
     shrunk = {**good, "model": {**good["model"], "merges": good["model"].get("merges", [])[:20]}}
 
-    @settings(QUICK, max_examples=100)
+    @QUICK
     @given(damaged(shrunk) | damaged(good))
     def check(content):
         path.write_bytes(content)

@@ -156,6 +156,8 @@ def _from_file(path: str) -> Recipe:
     _refuse_unknown(path, raw, ("head", "order", "dropout_multiplier", "phases"))
     if not isinstance(raw.get("phases"), list) or not raw["phases"]:
         raise ConfigError(f'{path}: has no phases; it needs "phases": a list of at least one')
+    if not isinstance(raw.get("head", ""), str):
+        raise ConfigError(f"{path}: head {json.dumps(raw['head'])[:80]} is no name of one")
     phases = tuple(_phase(path, i, values) for i, values in enumerate(raw.pop("phases")))
     recipe = Recipe(Path(path).stem, phases, **raw)
     check_head(recipe.head)
