@@ -17,13 +17,7 @@ from distributed import run_ranks
 from megagpt.tools.quickstart import port_flag
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in ("architecture", "finetune", "kernels", "reliability", "slurm", "tasks", "troubleshooting")
-    ),
-]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 # What a recipe asks for is replaced by the least that shows it works.
 SHAPE = {"--n_layer": "2", "--d_model": "32", "--n_head": "2", "--seq_len": "32"}
