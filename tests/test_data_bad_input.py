@@ -62,7 +62,7 @@ def bad_input(tmp_path: Path, name: str) -> list[str]:
         "unknown flag": r"--tokeniser \(did you mean '--tokenizer'\?\)",
         "unknown corpus": r"did you mean 'python-stdlib'",
         "both": "give one of them",
-        "bad choice": "'page' for argument '--document'",
+        "bad choice": "--document 'page' is unknown; choose one of file, paragraph, line",
         "a folder as output": "names no files; give a prefix",
         "a file as output": "leave the ending away",
         "output in a new folder": "no documents: 1 bad JSON",

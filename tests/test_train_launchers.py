@@ -79,7 +79,7 @@ def test_ctrl_c_says_where_the_same_command_goes_on(tmp_path):
 def test_two_tasks_under_slurms_variables_find_each_other(tmp_path):
     def start(rank):
         slurm = {
-            "SLURM_JOB_ID": str(free_port()),
+            "SLURM_JOB_ID": job,
             "SLURM_NTASKS": "2",
             "SLURM_STEP_NUM_TASKS": "2",
             "SLURM_PROCID": str(rank),
@@ -93,7 +93,7 @@ def test_two_tasks_under_slurms_variables_find_each_other(tmp_path):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=REPO, env=clean_env(tmp_path, **slurm), **pipes)
 
-    port = str(free_port())
+    port, job = str(free_port()), str(free_port())
     tasks = [start(rank) for rank in range(2)]
     outputs = [task.communicate(timeout=180)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
