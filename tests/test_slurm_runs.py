@@ -1,5 +1,6 @@
 """The batch scripts on a real Slurm of two nodes: what a user types, and what becomes of it when things go wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -87,9 +88,12 @@ def restart(cluster, job: str, restarts: int, timeout: float = 120) -> None:
 
 def ranks(cluster, job: str) -> dict[int, int]:
     """The processes that train, by rank."""
-    tasks = [(pid, env) for pid, env in cluster.processes(job) if "SLURM_PROCID" in env]
-    cmdline = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid, _ in tasks}
-    return {int(env["SLURM_PROCID"]): pid for pid, env in tasks if b"train.py" in cmdline[pid]}
+    found = {}
+    for pid, env in cluster.processes(job):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if "SLURM_PROCID" in env and b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found[int(env["SLURM_PROCID"])] = pid
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ def test_a_container_gets_the_folders_and_the_command(cluster, tmp_path):
     shows = program(tmp_path / "apptainer", '#!/bin/bash\nprintf "%s\\0" "$@" >"$TMPDIR/argv"\n')
     flags = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
     asked = {"APPTAINER": str(shows), "IMAGE": "my image.sif", "TMPDIR": str(tmp_path), "MOUNTS": "/data/some where"}
+    asked["PYTHON"] = "python"  # whatever these tests were started with
     job = cluster.sbatch(*flags, "slurm/container.sbatch", "--run_dir", tmp_path / "run", cwd=ROOT, **asked)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     argv = (tmp_path / "argv").read_bytes().decode().split("\0")[:-1]
