@@ -3,10 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoint_common import arguments, curve
 from distributed import train
+
+from megagpt.errors import StorageError
+from megagpt.train import checkpoint, reshard
 
 STEPS = 8
 # Twice what the largest difference between runs of one and of two ranks from the start can be.
@@ -74,3 +78,16 @@ def test_a_global_batch_that_is_asked_for_counts(tmp_path):
     assert "accumulation 1 then, 4 now; global batch 4 then, 8 now" in output
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["samples"] == 3 * 4 + 8
+
+
+def test_a_disk_that_does_not_take_the_converted_checkpoint_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()  # where the folder of the checkpoints should be
+    with pytest.raises(StorageError, match=r"cannot write .*global_step3.*Not a directory; free some space"):
+        reshard._convert(tmp_path / "file" / "global_step3", tmp_path / "file" / ".tmp-universal-global_step3")
+    folder = tmp_path / "global_step3"
+    folder.mkdir()
+    (folder / "shard.pt").write_bytes(bytes(3_000_000))
+    checkpoint._check_space_to_cut(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
+    with pytest.raises(StorageError, match=r"has 2\.0 MB free, and cutting global_step3 anew .* about 3\.0 MB"):
+        checkpoint._check_space_to_cut(folder)

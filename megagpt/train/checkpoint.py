@@ -60,6 +60,17 @@ def check_space(root: Path, needed: int) -> None:
         )
 
 
+def _check_space_to_cut(folder: Path) -> None:
+    """Raise StorageError where there is no room beside a checkpoint for the converted one, which is about as large."""
+    needed = sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder.parent} has {_size(free)} free, and cutting {folder.name} anew for another number of ranks takes "
+            f"about {_size(needed)} for a while; free some space, or resume on as many ranks as saved it"
+        )
+
+
 def _size(n: int) -> str:
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
@@ -240,6 +251,7 @@ def load(engine, folder: Path, config: ResolvedConfig, *, seed: int) -> TrainSta
     allow_checkpoint_classes()
     try:
         if cut_anew and config.zero_stage > 0:
+            dist.everywhere(lambda: _check_space_to_cut(folder) if dist.is_main() else None)
             reshard.load(engine, folder)
             loaded = folder
         else:  # without ZeRO every rank has all of it

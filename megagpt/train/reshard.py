@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from megagpt import dist
-from megagpt.errors import CheckpointError, MegaGPTError
+from megagpt.errors import CheckpointError, MegaGPTError, StorageError
 
 
 def load(engine, folder: Path) -> None:
     """Load weights and optimiser of ``folder``, split by ZeRO, into an engine of another number of ranks.
 
     Every rank calls this. Rank 0 writes the converted checkpoint, as large as the first, beside it and removes it in
-    the end. Raises CheckpointError where DeepSpeed cannot convert it or what it loaded is not what was saved.
+    the end. Raises CheckpointError where DeepSpeed cannot convert it or what it loaded is not what was saved,
+    StorageError where the disk does not take it.
     """
     optimizer = engine.optimizer
     settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
@@ -58,7 +59,6 @@ def _convert(folder: Path, converted: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(converted, ignore_errors=True)
-    converted.mkdir()
     arguments = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(converted / folder.name),  # whose parent gets a pointer of DeepSpeed's
@@ -70,9 +70,15 @@ def _convert(folder: Path, converted: Path) -> None:
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
+            converted.mkdir()
             ds_to_universal.main(arguments)
         except (AssertionError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise _refused(folder, error) from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {converted}, which cutting {folder.name} anew takes for a while: {error.strerror}; free "
+                "some space, or resume on as many ranks as saved it"
+            ) from error
 
 
 def _load_converted(engine, folder: Path, converted: Path):
