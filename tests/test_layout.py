@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train": {"model", "data", "ops", "config", "dist", "evaluate.perplexity"},
     "evaluate": {"model", "data", "ops", "config", "dist", "train.checkpoint", "train.manifest"},
     "tools": {"model", "data", "ops", "config", "dist"},
-    "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.main"},
+    "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.source"},
     "cli": {"dist"},
     "__main__": {"cli"},
     "megagpt_kernels": set(),

@@ -8,7 +8,7 @@ from corpora import tiny_corpus
 from distributed import train
 
 from megagpt.errors import CheckpointError, ConfigError
-from megagpt.evaluate.main import load_model
+from megagpt.evaluate.source import open_source
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT, decays
 from megagpt.model.interop import to_transformers
@@ -115,6 +115,6 @@ def test_it_trains_split_over_ranks_as_it_does_whole(runs):
 
 
 def test_a_checkpoint_is_read_back(runs):
-    model = load_model(runs[3][1], "cpu")
+    model = open_source(runs[3][1]).build("cpu")
     assert model.config.backbone == "lstm"
     assert model.next_logits(torch.tensor([[1, 2, 3]])).isfinite().all()

@@ -1,10 +1,10 @@
 """``megagpt generate``: text from a trained model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from megagpt.config.flags import parse_flags
-from megagpt.errors import CheckpointError, ConfigError
+from megagpt.errors import ConfigError
+from megagpt.evaluate.source import open_source
 
 ALIASES = {"from": "run"}
 
@@ -35,19 +35,12 @@ def generate_main(argv: list[str] | None = None) -> int:
 
 
 def _generate(settings: GenerateSettings) -> None:
-    import torch
-
-    from megagpt.data.tokenizer import from_file
     from megagpt.model.generate import generate
 
-    tokenizer = from_file(find_tokenizer(settings.run, settings.tokenizer))
+    source = open_source(settings.run, tokenizer=settings.tokenizer)
+    tokenizer = source.tokenizer
     ids = tokenizer.encode(settings.prompt) or _first_token(tokenizer)
-    model = load_model(Path(settings.run), "cuda" if torch.cuda.is_available() else "cpu")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}; "
-            "give the one it was trained with: --tokenizer PATH"
-        )
+    model = source.build()
     for i in range(settings.num_samples):
         new = generate(
             model,
@@ -64,46 +57,6 @@ def _generate(settings: GenerateSettings) -> None:
 def continuation(tokenizer, ids: list[int], new: list[int]) -> str:
     """The text of ``new`` behind ``ids``: where tokens mark the ends of words, the space is between the two."""
     return tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :]
-
-
-def load_model(path: Path, device: str):
-    """The model saved at ``path`` in evaluation mode, fp32, on ``device``. Raises CheckpointError."""
-    import torch
-
-    from megagpt.model.config import GPTConfig
-    from megagpt.model.gpt import GPT
-    from megagpt.ops import load_ops
-    from megagpt.train import manifest
-    from megagpt.train.checkpoint import read_weights
-
-    manifest.read_decoder_source(path)
-    weights, values = read_weights(path)
-    config = GPTConfig.from_dict(values)
-    ops = load_ops("auto", head_width=config.head_width, dtype=torch.float32, device=device)
-    with torch.device("meta"):  # the weights come from the file, so no memory is spent on initial ones
-        model = GPT(config, ops)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not hold the weights of the model it describes: {reason[:400]}") from None
-    return model.to(device).eval()
-
-
-def find_tokenizer(run: str, tokenizer: str | None = None) -> Path:
-    """The tokenizer named by a flag, or the copy in the run folder that ``run`` names or lies in."""
-    if tokenizer:
-        return Path(tokenizer)
-    path = Path(run)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
-    if path.name.startswith("global_step"):
-        folder = path.parent.parent  # of <run folder>/checkpoints/global_step<N>
-    else:
-        folder = path if path.suffix != ".safetensors" else path.parent
-    if not (folder / "tokenizer.json").exists():
-        raise ConfigError(f"{folder} has no tokenizer.json; give the one the model was trained with: --tokenizer PATH")
-    return folder / "tokenizer.json"
 
 
 def _first_token(tokenizer) -> list[int]:

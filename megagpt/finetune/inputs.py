@@ -7,7 +7,7 @@ import numpy as np
 
 from megagpt.data.tokenizer import Tokenizer, from_file
 from megagpt.errors import ConfigError, DataError
-from megagpt.evaluate.main import find_tokenizer
+from megagpt.evaluate.source import find_tokenizer
 from megagpt.finetune import own_data, tasks
 from megagpt.finetune.batches import Encoded
 from megagpt.finetune.examples import Split, TaskData

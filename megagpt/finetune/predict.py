@@ -45,7 +45,7 @@ def predict_file(settings: PredictSettings) -> int:
     import torch
 
     from megagpt.data.tokenizer import from_file
-    from megagpt.evaluate.main import find_tokenizer
+    from megagpt.evaluate.source import find_tokenizer
     from megagpt.finetune import evaluation, weights
     from megagpt.finetune.batches import Encoded
     from megagpt.finetune.inputs import names, transform_for
