@@ -8,8 +8,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPT
 
 from megagpt.errors import CheckpointError
 from megagpt.model.config import GPTConfig
+from megagpt.model.generate import Generation, Text
 from megagpt.model.gpt import GPT
 from megagpt.model.interop import from_transformers, to_transformers
+from megagpt.model.sampling import Sampling
 from megagpt.ops import load_ops
 
 SHAPE = {"vocab_size": 53, "seq_len": 24, "n_layer": 3, "n_head": 4, "d_model": 32}
@@ -142,3 +144,27 @@ def without(state, name):
 def test_weights_of_the_other_order_are_refused(norm, other):
     with pytest.raises(CheckpointError, match=f"a {other}-norm model"):
         from_transformers(their_model(norm).state_dict(), our_model(other).config)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@SEEDS
+@NORMS
+def test_greedy_texts_are_those_of_transformers_generate(norm, seed, penalty):
+    """Prompts of three lengths in one batch here, alone there; to the end of the context."""
+    theirs, ours = randomised(their_model(norm), seed), our_model(norm, "auto")
+    with torch.no_grad():  # otherwise the likeliest token is the last one again
+        theirs.get_submodule(f"transformer.{'wpe' if norm == 'pre' else 'positions_embed'}").weight.mul_(5)
+    ours.load_state_dict(from_transformers(theirs.state_dict(), ours.config))
+    generation, texts = Generation(ours, max_texts=3), []
+    for length, ids in zip((1, 4, 9), tokens(seed, 9).tolist(), strict=True):
+        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        texts.append(Text(ids[:length], max_new_tokens=24 - length, sampling=sampling))
+        generation.join(texts[-1])
+    while generation.step():
+        pass
+    for text in texts:
+        prompt = torch.tensor([text.ids[: text.n_prompt]])
+        options = {"max_length": 24, "do_sample": False, "repetition_penalty": penalty, "pad_token_id": 0}
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None, **options)
+        assert text.ids == expected[0].tolist()
+        assert len(set(text.new)) > 4

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Annotated, TypeVar, get_origin, get_type_hints
 
 from megagpt.errors import ConfigError, nearest
@@ -31,7 +31,8 @@ def parse_flags(
 
     ``aliases`` maps other names of a flag to its name, ``bare`` the flags that may stand without a value to the value
     they then have, or to None when they then mean nothing. ``--local_rank``, which launchers add anywhere, is dropped.
-    ``--help`` prints and exits.
+    A field's trailing underscore, which keeps it apart from a word of Python's, is not part of its flag: ``from_`` is
+    ``--from``. ``--help`` prints and exits.
     Raises ConfigError for an unknown flag, a missing one or a value that does not fit.
     """
     import tyro
@@ -39,11 +40,12 @@ def parse_flags(
     args = _normalise(sys.argv[1:] if argv is None else argv, aliases or {}, bare or {})
     wants_help = any(arg in ("-h", "--help") for arg in args)
     if not wants_help:
-        _refuse_unknown(args, [field.name for field in fields(cls)], prog)
+        _refuse_unknown(args, list(map(_flag, fields(cls))), prog)
         _refuse_missing(cls, args, prog)
         _refuse_repeated(cls, args)
     else:
         _hide_empty_defaults(cls)
+    _name_flags(cls)
     # Every rank parses the same flags; one of them answers --help.
     silent = wants_help and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     messages = io.StringIO()
@@ -65,6 +67,20 @@ def parse_flags(
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no flag; {prog} --help lists the flags")
     return settings
+
+
+def _flag(field: Field) -> str:
+    return f"--{field.name.rstrip('_')}"
+
+
+def _name_flags(cls: type) -> None:
+    """Tell tyro the flags of fields with a trailing underscore."""
+    import tyro
+
+    kinds = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        if field.name.endswith("_"):
+            cls.__annotations__[field.name] = Annotated[kinds[field.name], tyro.conf.arg(name=_flag(field)[2:])]
 
 
 def _hide_empty_defaults(cls: type) -> None:
@@ -104,8 +120,7 @@ def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[st
     return args
 
 
-def _refuse_unknown(args: Sequence[str], known: Sequence[str], prog: str) -> None:
-    flags = [f"--{name}" for name in known]
+def _refuse_unknown(args: Sequence[str], flags: Sequence[str], prog: str) -> None:
     unknown = [arg[:80] for arg in args if _FLAG.match(arg) and arg not in flags]
     if unknown:
         listed = ", ".join(f"{flag}{nearest(flag, flags)}" for flag in unknown[:5])
@@ -113,7 +128,7 @@ def _refuse_unknown(args: Sequence[str], known: Sequence[str], prog: str) -> Non
 
 
 def _refuse_missing(cls: type, args: Sequence[str], prog: str) -> None:
-    needed = [f"--{field.name}" for field in fields(cls) if field.default is MISSING]
+    needed = [_flag(field) for field in fields(cls) if field.default is MISSING]
     absent = [flag for flag in needed if flag not in args]
     if absent:
         raise ConfigError(f"{prog} needs {' and '.join(absent)}; {prog} --help lists the flags")
@@ -122,7 +137,7 @@ def _refuse_missing(cls: type, args: Sequence[str], prog: str) -> None:
 def _refuse_repeated(cls: type, args: Sequence[str]) -> None:
     """Of a flag given twice the later value counts; of a list that would silently drop what the earlier one named."""
     for field in fields(cls):
-        flag = f"--{field.name}"
+        flag = _flag(field)
         if get_origin(field.type) is tuple and args.count(flag) > 1:
             raise ConfigError(f"{flag} is given {args.count(flag)} times; give it once, with all values behind it")
 

@@ -7,14 +7,14 @@ from typing import Literal
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError, DataError
 
-ALIASES = {"from": "run"}
+ALIASES = {"run": "from"}
 
 
 @dataclass(frozen=True)
 class PredictSettings:
     """Answer for every row of a file: megagpt predict --from runs/sst2 --input new.tsv --output out.tsv"""
 
-    run: str  # run folder of finetune.py, or its model.safetensors (also --from)
+    from_: str  # run folder of finetune.py, or its model.safetensors
     input: str  # CSV, TSV or JSON lines
     output: str  # the file to write: id, label and probabilities, separated by tabs
     text_column: str | None = None  # column of the text, or two; those of the training file by default
@@ -27,9 +27,9 @@ class PredictSettings:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"--batch_size {self.batch_size} must be at least 1")
-        for name in ("run", "input", "output"):
+        for name in ("from_", "input", "output"):
             if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty")
+                raise ConfigError(f"--{name.rstrip('_')} is empty")
 
 
 def predict_main(argv: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def predict_file(settings: PredictSettings) -> int:
     from megagpt.finetune.own_data import Columns, load_inputs
     from megagpt.finetune.results import table, write
 
-    path = Path(settings.run)
+    path = Path(settings.from_)
     file = path if path.suffix == ".safetensors" else path / weights.MODEL
     tokenizer = from_file(find_tokenizer(str(file), settings.tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"

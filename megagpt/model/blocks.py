@@ -90,12 +90,15 @@ class CausalSelfAttention(nn.Module):
         self.proj = Linear(config.d_model, config.d_model, init.residual_std(config), ops)
         self.packed_attention = ops.packed_attention
 
-    def forward(self, x: Tensor, seed: Tensor | None, ragged: Ragged | None = None) -> Tensor:
-        """x (B, T, D), or (N, D) with ``ragged``; the result is shaped alike."""
+    def forward(self, x: Tensor, seed: Tensor | None, ragged: Ragged | None = None, memory=None) -> Tensor:
+        """x (B, T, D), or (N, D) with ``ragged``; the result is shaped alike. ``memory`` is a ``cache.Layer``."""
         qkv = self.qkv(x) if ragged is None else ragged.spread(self.qkv(x))
         B, T, D = *qkv.shape[:2], x.shape[-1]
         qkv = qkv.view(B, T, 3, self.n_head, D // self.n_head)
-        y = self.packed_attention(qkv, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
+        if memory is not None:
+            y = memory.attend(qkv)
+        else:
+            y = self.packed_attention(qkv, dropout_p=self.dropout_p if seed is not None else 0.0, seed=seed)
         y = y.reshape(B, T, D)
         return self.proj(y if ragged is None else ragged.gather(y))
 
@@ -127,10 +130,15 @@ class PreNormBlock(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, branch: Tensor, residual: Tensor | None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        seeds: tuple[Tensor | None, ...],
+        ragged: Ragged | None = None,
+        memory=None,
     ) -> tuple[Tensor, Tensor]:
         normed, x = self.ln_1(branch, residual, seeds[0])
-        normed, x = self.ln_2(self.attn(normed, seeds[1], ragged), x, seeds[2])
+        normed, x = self.ln_2(self.attn(normed, seeds[1], ragged, memory), x, seeds[2])
         return self.mlp(normed), x
 
 
@@ -145,7 +153,7 @@ class PostNormBlock(nn.Module):
         self.ln_2 = AddLayerNorm(config, ops, prenorm=False)
 
     def forward(
-        self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None
+        self, x: Tensor, _: None, seeds: tuple[Tensor | None, ...], ragged: Ragged | None = None, memory=None
     ) -> tuple[Tensor, None]:
-        x = self.ln_1(self.attn(x, seeds[1], ragged), x, seeds[2])
+        x = self.ln_1(self.attn(x, seeds[1], ragged, memory), x, seeds[2])
         return self.ln_2(self.mlp(x), x, seeds[0]), None

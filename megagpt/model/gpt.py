@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.blocks import AddLayerNorm, Embedding, PostNormBlock, PreNormBlock, Ragged
+from megagpt.model.cache import Layer
 from megagpt.model.config import GPTConfig
 from megagpt.model.lstm import RecurrentBlock
 from megagpt.ops import Ops
@@ -64,6 +65,17 @@ class GPT(nn.Module):
         """Logits (B, V) of what follows ids (B, T), in evaluation mode."""
         return self.ops.linear(self.hidden(ids)[:, -1], self.wte.weight)
 
+    def read(self, ids: Tensor, reading) -> Tensor:
+        """:meth:`hidden` of ids (B, T) in evaluation mode by a ``cache.Prefill`` or a ``cache.Step``.
+
+        Of sequences of unequal length it is that of the real tokens, (N, D). A transformer alone has such a memory.
+        """
+        none = (None,) * 3
+        x, residual = self._embed(ids, reading.ragged, None, None, reading.positions), None
+        for i, block in enumerate(self.blocks):
+            x, residual = block(x, residual, none, reading.ragged, Layer(reading, i))
+        return x if self.ln_f is None else self.ln_f(x, residual, None)
+
     def _hidden(self, ids: Tensor, rows: Tensor | None, seeds: tuple[Tensor | None, ...]) -> Tensor:
         ragged = None if rows is None else Ragged(rows, ids.shape)
         x, residual = self._embed(ids, ragged, *seeds[:2]), None
@@ -71,9 +83,19 @@ class GPT(nn.Module):
             x, residual = self._run(i, block, x, residual, seeds[2 + 3 * i : 5 + 3 * i], ragged)
         return x if self.ln_f is None else self.ln_f(x, residual, seeds[-1])
 
-    def _embed(self, ids: Tensor, ragged: Ragged | None, seed: Tensor | None, position_seed: Tensor | None) -> Tensor:
-        """Token plus position embeddings (B, T, D), of tokens alone where there is no position table."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def _embed(
+        self,
+        ids: Tensor,
+        ragged: Ragged | None,
+        seed: Tensor | None,
+        position_seed: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Token plus position embeddings (B, T, D), of tokens alone where there is no position table.
+
+        ``positions`` (T,) or (B, T) are 0 to T - 1 unless given.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
         if ragged is not None:
             ids, positions = ids.flatten()[ragged.rows], ragged.rows % ids.shape[1]
         if self._drops_tables:
