@@ -18,7 +18,13 @@ fruitless_limit=3
 # The ranks meet on the first node, under the address by which Slurm knows it: its name need not be in any DNS.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(scontrol --oneliner show node "${nodes[0]}" | sed -nE 's/.* NodeAddr=([^ ]+).*/\1/p')
-export MASTER_ADDR=${MASTER_ADDR:-${address:-${nodes[0]}}}
+address=${address:-${nodes[0]}}
+export MASTER_ADDR=${MASTER_ADDR:-$address}
+# This script runs there as well, and can see whether their port is free: another program's would end the job for good.
+listens() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
+port=$((20000 + SLURM_JOB_ID % 10000))
+while listens 127.0.0.1 "$port" || listens "$address" "$port"; do port=$((20000 + (port + 3001) % 10000)); done
+export MASTER_PORT=${MASTER_PORT:-$port}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take sbatch's --cpus-per-task by itself
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=false
@@ -89,15 +95,17 @@ run() {
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}"
 
     pid= cancelled= early=
-    trap 'if [[ $pid ]]; then kill -USR1 "$pid"; else early=1; fi' USR1 # srun hands it on to every rank
+    # srun hands it on to every rank, unless it has ended: then this script is about to do what is right.
+    trap 'early=1; if [[ $pid ]]; then kill -USR1 "$pid" 2>/dev/null || true; fi' USR1
     trap 'cancelled=1' TERM # the ranks have it from Slurm, and save
     prepare_nodes
-    if [[ $early ]]; then settle 75; fi
+    if [[ $early || $cancelled ]]; then settle 75; fi
     # A group of its own, or srun would get TERM with this shell where Slurm signals groups, and kill the ranks at once.
     # --kill-on-bad-exit: without it the ranks that are left wait in a collective until the time limit.
     setsid srun --kill-on-bad-exit=1 --wait=60 --export="$(export_list)" "${srun_flags[@]}" \
         "${inside[@]}" "$@" &
     pid=$!
+    if [[ $early ]]; then kill -USR1 "$pid" || true; fi # it came between the two looks
     code=129
     while ((code > 128)) && kill -0 "$pid" 2>/dev/null; do # a trapped signal ends `wait`, and not what it waits for
         wait "$pid" && code=0 || code=$?
@@ -128,7 +136,8 @@ settle() {
     trap '' TERM # requeue sends one
     scontrol requeue "$SLURM_JOB_ID" || true # after the failure of a node Slurm has done so itself
     if [[ ${MEGAGPT_EXCLUDE:-} && -s $state/exclude ]]; then
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(paste -sd, -- "$state/exclude")" || true
+        exclude=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -nE 's/.* ExcNodeList=([^ (]+).*/\1,/p') || true
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude$(paste -sd, -- "$state/exclude")" || true
     fi
     # Slurm lets a requeued job wait for two minutes; versions that set that time later than now ignore this.
     scontrol update JobId="$SLURM_JOB_ID" StartTime=now || true

@@ -111,3 +111,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 def run_dir(finished, tmp_path):
     """A copy of the finished run to damage."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Slurm of two nodes on this machine; a file of tests has its own, whichever process runs it."""
+    import slurm_cluster
+
+    if missing := slurm_cluster.missing():
+        pytest.skip(f"this machine lacks {', '.join(missing)}; .ci/install-slurm")
+    with slurm_cluster.Cluster() as cluster:
+        yield cluster

@@ -107,6 +107,7 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         nodes = "\n".join(_NODE.format(name=name, port=free_port()) for name in NODES)
+        nodes += "\n" + _NODE.format(name="n3", port=free_port()) + " State=DOWN"  # to be named, never to run on
         values = {"folder": self.folder, "user": getpass.getuser(), "ctld_port": free_port(), "nodes": nodes}
         (self.folder / "slurm.conf").write_text(_CONF.format(**values))
         for i in range(8):

@@ -4,13 +4,20 @@ import json
 import os
 
 import pytest
-from test_slurm_runs import arguments, cluster, curve, folder, last_step, pytestmark, reach, restart, submit  # noqa: F401
+from slurm_common import arguments, curve, last_step, reach, restart, submit, write_config
+
+pytestmark = pytest.mark.timeout(600)
 
 LONG = int(os.environ.get("SOAK_STEPS", "1500"))  # longer than half of the shortest time limit there is, a minute
 
 
 @pytest.fixture(scope="module")
-def long_run(cluster, folder):  # noqa: F811
+def folder(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture(scope="module")
+def long_run(cluster, folder):
     """The curve of an uninterrupted run, and how to start one like it."""
 
     def start(name: str, *flags: str) -> tuple[str, object]:
@@ -35,7 +42,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_job_that_slurm_stops_ends_as_if_nothing_had_happened(way, cluster, long_run, folder):  # noqa: F811
+def test_a_job_that_slurm_stops_ends_as_if_nothing_had_happened(way, cluster, long_run, folder):
     flags, command, reason = WAYS[way]
     expected, start = long_run
     job, run_dir = start(way.replace(" ", "-"), *flags)

@@ -1,100 +1,21 @@
 """The batch scripts on a real Slurm of two nodes: what a user types, and what becomes of it when things go wrong."""
 
-import contextlib
 import json
 import os
 import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import slurm_cluster
-from corpora import tiny_corpus
+from slurm_common import SAVE_EVERY, STEPS, arguments, curve, last_step, ranks, reach, restart, submit, write_config
 
-ROOT = Path(__file__).parent.parent
-NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
-STEPS = 200
-SAVE_EVERY = 10
-
-MISSING = slurm_cluster.missing()
-
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"this machine lacks {', '.join(MISSING)}; .ci/install-slurm"),
-    pytest.mark.timeout(600),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with slurm_cluster.Cluster() as cluster:
-        yield cluster
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slurm")
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2,
-        "zero_optimization": {"stage": 2},
-        "bf16": {"enabled": True},
-    }
-    (folder / "zero2.json").write_text(json.dumps(config))
-    return folder
-
-
-def arguments(folder: Path, run_dir: Path, *more) -> list:
-    shape = ["--model", "tiny", "--n_layer", 1, "--d_model", 32, "--n_head", 2, "--seq_len", 32, "--dropout", 0.1]
-    often = ["--log_interval", 1, "--save_interval", SAVE_EVERY, "--max_steps", STEPS]
-    config = ["--ds_config", folder / "zero2.json"]
-    return [*shape, *often, *config, "--data", tiny_corpus(), "--run_dir", run_dir, *more]
-
-
-def submit(cluster, folder, script, *words, flags=(), **env) -> str:
-    """``sbatch slurm/SCRIPT``, submitted from the repository as its user would."""
-    output = f"--output={folder}/%x-%A-%a.out" if "--array" in str(flags) else f"--output={folder}/%x-%j.out"
-    variables = {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}
-    return cluster.sbatch(*NODES, output, *flags, f"slurm/{script}", *words, cwd=ROOT, **variables)
-
-
-def curve(run_dir: Path) -> list[tuple]:
-    """Step, loss and norm of the gradient of every logged step."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
-
-
-def last_step(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def reach(cluster, job: str, run_dir: Path, step: int) -> None:
-    cluster.until(lambda: last_step(run_dir) >= step, 180, f"step {step}", lambda: cluster.output(job))
-
-
-def restart(cluster, job: str, restarts: int, timeout: float = 120) -> None:
-    """Wait until the job is back in the queue, and spare it the two minutes that Slurm lets it wait there."""
-
-    def requeued() -> bool:
-        found = cluster.job(job)
-        # Of a start whose script still lives Slurm would take the exit code for that of the next one.
-        return found["Restarts"] == str(restarts) and found["JobState"] == "PENDING" and not cluster.processes(job)
-
-    cluster.until(requeued, timeout, "the requeue", lambda: f"{cluster.job(job)}\n{cluster.output(job)}")
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-
-
-def ranks(cluster, job: str) -> dict[int, int]:
-    """The processes that train, by rank."""
-    found = {}
-    for pid, env in cluster.processes(job):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if "SLURM_PROCID" in env and b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found[int(env["SLURM_PROCID"])] = pid
-    return found
+    return write_config(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +57,10 @@ def test_a_run_that_is_preempted_and_cancelled_ends_as_if_nothing_had_happened(c
     assert cluster.wait(again) == "COMPLETED", cluster.output(again)
     assert curve(run_dir) == curve(whole)
     assert len(json.loads((run_dir / "run.json").read_text())["starts"]) == 3
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["starts"], summary["steps_lost"], summary["steps"]) == (3, 0, STEPS)
+    assert summary["downtime_seconds"] > 0
+    assert 0 < summary["goodput"] < 1
 
 
 def test_a_run_that_loses_a_rank_and_a_node_ends_as_if_nothing_had_happened(cluster, folder, whole):
@@ -153,6 +78,9 @@ def test_a_run_that_loses_a_rank_and_a_node_ends_as_if_nothing_had_happened(clus
     restart(cluster, job, 2)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert curve(run_dir) == curve(whole)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["starts"] == 3
+    assert summary["steps_lost"] <= 2 * SAVE_EVERY
     assert not cluster.processes()
 
 
@@ -189,6 +117,8 @@ def test_the_runs_of_an_array_share_a_node(cluster, folder):
     assert [run["settings"]["lr"] for run in runs] == [1e-3, 3e-4]
     assert [run["settings"]["seed"] for run in runs] == [1, 2]
     assert [run["starts"][-1]["world_size"] for run in runs] == [2, 2]
+    times = [(job["StartTime"], job["EndTime"]) for job in map(cluster.job, tasks)]
+    assert max(begun for begun, _ in times) < min(ended for _, ended in times)  # at the same time
 
 
 def test_a_host_that_fails_the_preflight_is_left_out_of_the_next_start(cluster, folder):
@@ -201,11 +131,14 @@ def test_a_host_that_fails_the_preflight_is_left_out_of_the_next_start(cluster, 
     run_dir = folder / "elsewhere"
     words = arguments(folder, run_dir, "--max_steps", 2, "--preflight")
     job = submit(
-        cluster, folder, "pretrain.sbatch", *words, flags=["--nodes=1"], PYTHON=str(python), MEGAGPT_EXCLUDE="1"
+        *(cluster, folder, "pretrain.sbatch", *words),
+        flags=["--nodes=1", "--exclude=n3"],
+        PYTHON=str(python),
+        MEGAGPT_EXCLUDE="1",
     )
     restart(cluster, job, 1)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert "preflight: going on without n1: OSError: File too large" in cluster.output(job)
-    assert cluster.job(job)["ExcNodeList"] == "n1"
+    assert cluster.job(job)["ExcNodeList"] == "n[1,3]"  # with what its user has excluded
     assert cluster.job(job)["BatchHost"] == "n2"
     assert last_step(run_dir) == 2

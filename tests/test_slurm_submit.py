@@ -7,23 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-import slurm_cluster
 
 from megagpt.data.main import data_main, prepare_main
 
 ROOT = Path(__file__).parent.parent
-MISSING = slurm_cluster.missing()
 
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"this machine lacks {', '.join(MISSING)}; .ci/install-slurm"),
-    pytest.mark.timeout(300),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with slurm_cluster.Cluster() as cluster:
-        yield cluster
+pytestmark = pytest.mark.timeout(300)
 
 
 def program(path: Path, text: str) -> Path:
