@@ -101,11 +101,17 @@ def _options(settings: JobSettings, arguments: Sequence[str]) -> dict[str, str |
 
 def _default_name(settings: JobSettings, arguments: Sequence[str]) -> str:
     """After the folder or the corpus that the run makes."""
+    place = _value_of(arguments, "run_dir", "output")
+    return f"megagpt-{settings.kind if place is None else Path(place).name}"
+
+
+def _value_of(arguments: Sequence[str], *names: str) -> str | None:
+    """The value that ``arguments`` give to the first flag of ``names``, however it is spelt."""
     for i, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if name.lstrip("-").replace("-", "_") in ("run_dir", "output") and name.startswith("--"):
-            return f"megagpt-{Path(value if equals else ''.join(arguments[i + 1 : i + 2])).name}"
-    return f"megagpt-{settings.kind}"
+        if name.startswith("--") and name[2:].replace("-", "_") in names:
+            return value if equals else "".join(arguments[i + 1 : i + 2])
+    return None
 
 
 def _assignment(word: str) -> tuple[str, str]:
@@ -137,8 +143,8 @@ def _submit(argv: Sequence[str]) -> int:
 
 
 def _shown_run_dir(argv: Sequence[str]) -> str:
-    at = next((i for i, word in enumerate(argv) if word in ("--run_dir", "--run-dir")), None)
-    return "" if at is None else f" {shlex.quote(''.join(argv[at + 1 : at + 2]))}"
+    folder = _value_of(argv, "run_dir")
+    return "" if folder is None else f" {shlex.quote(folder)}"
 
 
 def _status(argv: Sequence[str]) -> None:
