@@ -12,7 +12,7 @@ import pytest
 from checkpoint_common import arguments
 from fork_server import Job, finetune, train, train_main
 
-from megagpt.config.fields import stop_signal
+from megagpt.config.shared import stop_signal
 from megagpt.train.stopping import NOTHING, SAVE, STOP, StopRequests, listening
 
 LONG = {"max_steps": 100000, "save_interval": 0, "log_interval": 20}
@@ -120,12 +120,14 @@ def test_fine_tuning_stops_and_goes_on_too(tmp_path):
     home = finetune_common.folder()
     files = ["--train", finetune_common.write_csv(home / "long.csv", 96), "--valid", home / "long.csv"]
     start = ["--init_from", finetune_common.pretrained(), "--run_dir", tmp_path / "run", "--log_interval", 1]
-    argv = ["--ds_config", finetune_common.ds_config(home, 1), *files, *start, "--epochs", 4]
+    more = ["--epochs", 4, "--preflight", "warn"]
+    argv = ["--ds_config", finetune_common.ds_config(home, 1), *files, *start, *more]
     with finetune(argv) as job:
         job.wait_for("iteration        4/")
         job.send(signal.SIGUSR1, 1)
         assert job.wait() == [75, 75], job.output()
         assert f"stopped after step {newest(tmp_path / 'run')} (SIGUSR1 on rank 1)" in job.output()
+        assert job.output().count("preflight: 1 host, 2 ranks") == 1
     with finetune(argv) as job:
         assert job.wait() == [0, 0], job.output()
     assert list(losses(tmp_path / "run")) == list(range(1, 13))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt import dist
-from megagpt.config.fields import stop_signal
+from megagpt.config.shared import stop_signal
 from megagpt.dist.jobtime import JobEnd
 from megagpt.errors import ConfigError
 
@@ -91,12 +91,17 @@ class StopRequests:
                 (self._run_dir / SAVE_FILE).unlink(missing_ok=True)
         return level
 
+    def asked(self) -> str:
+        """Why this process has to stop, whatever it is doing; empty while nobody asks. Whoever is told does stop."""
+        self.stopped = self.stopped or self._signal is not None or self._is_orphan
+        if self._signal is not None:
+            return f"{self._signal.name} on rank {os.environ.get('RANK', '0')}"
+        return "the launcher has ended" if self._is_orphan else ""
+
     def _request(self, now: float, needed: float) -> tuple[int, str]:
         """The strongest request on this rank and its reason; ``needed`` are the seconds that stopping later takes."""
-        if self._signal is not None:
-            return STOP, f"{self._signal.name} on rank {os.environ.get('RANK', '0')}"
-        if self._is_orphan:
-            return STOP, "the launcher has ended"
+        if reason := self.asked():
+            return STOP, reason
         if self._minutes is not None and now - self.begun >= 60 * self._minutes:
             return STOP, f"--exit_duration_in_mins {self._minutes:g}"
         if self._run_dir is None or not dist.is_main() or now - self._looked < 1.0:
