@@ -121,6 +121,7 @@ def test_ranks_end_with_the_stock_launcher_too(script):
 
 def test_mistakes_are_told_in_a_line(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,4")
+    monkeypatch.chdir(Path(__file__).parent.parent)
     assert _devices(None, None) == ["0", "3", "4"]
     assert _devices(2, None) == ["0", "3"]
     assert _devices(None, "localhost:1,2") == ["1", "2"]
@@ -128,7 +129,11 @@ def test_mistakes_are_told_in_a_line(capsys, monkeypatch):
         ("--num_gpus", "4", "train.py"): "--num_gpus 4 and this host has 3; lower it",
         ("--num_gpus", "0", "train.py"): "--num_gpus 0 is no number of processes",
         ("--include", "node7:0", "train.py"): "--include node7:0 is to be GPUs of this host",
-        ("--num_gpu", "1", "train.py"): "megagpt launch --help lists the flags",
+        ("--num_gpu", "1", "train.py"): "unknown flag --num_gpu (did you mean '--num_gpus'?); megagpt launch --help",
+        ("--num_gpus=1", "-x", "1", "train.py"): "unknown flag -x; megagpt launch --help lists the flags",
+        ("tain.py", "--num_gpu", "1"): "there is no script tain.py (did you mean 'train.py'?)",
+        ("nowhere/train.py",): "there is no script nowhere/train.py; give the path",
+        ("--num_gpus", "two", "train.py"): "invalid int value: 'two'; megagpt launch --help lists the flags",
         (): "megagpt launch --help lists the flags",
     }.items():
         assert main(["launch", *words]) == 2

@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from megagpt.dist.guard import LOST
 from megagpt.dist.presence import LAUNCHER_PID
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, nearest
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _GRACE = 10.0  # seconds in which the other ranks end by themselves, with their own messages, after one has failed
+_VALUED, _SWITCHES = ("--num_gpus", "--include", "--master_port"), ("--module", "-m", "--help", "-h", "--")
 _HELP = """start a script on the GPUs of this host, one process each:
 megagpt launch --num_gpus 2 train.py --ds_config ds_configs/zero2.json ..."""
 
@@ -36,10 +38,36 @@ def launch_main(argv: list[str]) -> int:
     parser.add_argument("--module", "-m", action="store_true", help="the script is the name of a module")
     parser.add_argument("script", help="train.py, finetune.py or another one")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    _refuse_unknown(argv)
     flags = parser.parse_args(argv)
+    _check_script(flags.script, flags.module)
     devices = _devices(flags.num_gpus, flags.include)
     command = [sys.executable, "-u", *(["-m"] if flags.module else []), flags.script, *flags.arguments]
     return Ranks(command, devices, flags.master_port or _free_port()).run()
+
+
+def _refuse_unknown(argv: list[str]) -> None:
+    """Raise ConfigError for a flag before the script that is none of ours; what follows the script is its own."""
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not name.startswith("-"):
+            return
+        if name not in (*_SWITCHES, *_VALUED):
+            known = nearest(name[:80], (*_VALUED, *_SWITCHES))
+            raise ConfigError(f"unknown flag {name[:80]}{known}; megagpt launch --help lists the flags")
+        if name in _VALUED and not equals:
+            next(words, None)
+
+
+def _check_script(script: str, is_module: bool) -> None:
+    """Raise ConfigError for a script that is not there: every rank would say so in Python's words."""
+    if is_module or Path(script).is_file():
+        return
+    folder = Path(script).parent
+    names = [path.name for path in folder.glob("*.py")] if folder.is_dir() else []
+    meant = nearest(Path(script).name, names)
+    raise ConfigError(f"there is no script {script[:200]}{meant}; give the path of train.py, finetune.py or another one")
 
 
 def _devices(number: int | None, include: str | None) -> list[str]:
