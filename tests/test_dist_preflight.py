@@ -9,6 +9,7 @@ import pytest
 from distributed import run_ranks
 
 from megagpt.dist.preflight import Report, _rounds, enforce, judge
+from megagpt.dist.run_disk import _find
 from megagpt.errors import ConfigError, Stopped
 
 HOSTS = ["n1", "n2", "n3", "n4"]
@@ -98,7 +99,7 @@ def test_four_ranks_on_two_hosts_are_measured_and_a_broken_host_is_named(tmp_pat
         "all-reduce within a host",
         "all-reduce between two hosts",
     ]
-    assert broken == {"n2": "FileExistsError: File exists"}
+    assert broken == {"n2": f"{tmp_path}/file is a file"}
     assert not list(tmp_path.glob(".preflight*"))
 
 
@@ -135,6 +136,13 @@ def _look_while_throttled(folder):
         distributed.destroy_process_group()
 
 
+def test_a_folder_that_other_hosts_see_is_one_that_cannot_be_made_again(tmp_path):
+    assert _find(tmp_path) is None
+    assert "has to be on a disk that all hosts share" in _find(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    assert _find(tmp_path / "no" / "run") == f"{tmp_path}/no/run: No such file or directory"
+
+
 def test_a_slow_host_is_named(tmp_path):
     results = run_ranks(_look_while_throttled, 2, tmp_path)
     for message, _ in results:
@@ -143,15 +151,23 @@ def test_a_slow_host_is_named(tmp_path):
     assert results[1][1] == ""
 
 
-def test_the_command_runs_alone(tmp_path):
+def test_the_command_runs_alone_and_names_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    assert "error: the run folder cannot be used: " in command(tmp_path / "file" / "run", 2).stderr
+    done = command(tmp_path / "new" / "run", 0)
+    assert "preflight: 1 host, 1 rank\npreflight: matrix products " in done.stdout
+
+
+def command(run_dir, code):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-m", "megagpt", "preflight", "--run_dir", tmp_path / "run"],
+        [sys.executable, "-m", "megagpt", "preflight", "--run_dir", run_dir],
         env=env,
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "preflight: 1 host, 1 rank\npreflight: matrix products " in done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "sbatch --exclude" not in done.stderr
+    return done

@@ -7,7 +7,6 @@ check or is far behind the others is named. The process group exists, and every 
 
 import os
 import shutil
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from megagpt.dist.gather import gather_json
-from megagpt.dist.world import World, is_main
+from megagpt.dist.run_disk import folder_problem, measure_disk
+from megagpt.dist.world import World, host_name, is_main
 from megagpt.errors import ConfigError, Stopped
 
 _MOST_CLOCK = 2.0  # seconds that two hosts' clocks may differ; locks and "newer than" compare times of files
@@ -36,14 +36,13 @@ class Report:
     slow: dict[str, str] = field(default_factory=dict)
 
 
-def host_name(env: Mapping[str, str] = os.environ) -> str:
-    """The name under which Slurm knows this host, else its own."""
-    return env.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def preflight(world: World, folder: Path, device) -> Report:
-    """Check and measure all hosts; the same report on every rank. ``folder`` is the run's, ``device`` this rank's."""
-    own = {"host": host_name(), **_examine(world, folder, device)}
+    """Check and measure all hosts; the same report on every rank. ``folder`` is the run's, ``device`` this rank's.
+
+    Raises ConfigError where no host can make or use the folder: then it is the folder that is wrong.
+    """
+    problem = folder_problem(world, folder)
+    own = {"host": host_name(), **_examine(world, folder, device, problem)}
     ranks = gather_json(own)
     report = Report()
     for rank in ranks:
@@ -119,35 +118,20 @@ def enforce(report: Report, *, slow_too: bool, env: Mapping[str, str] = os.envir
 # what each rank finds on its own ------------------------------------------------------------------------------------
 
 
-def _examine(world: World, folder: Path, device) -> dict:
-    """This rank's figures; "problem" is there where its host is unfit."""
+def _examine(world: World, folder: Path, device, problem: str | None) -> dict:
+    """This rank's figures; "problem" is there where its host is unfit, as with a ``problem`` found before."""
     found: dict = {}
+    if problem:
+        return {"problem": problem}
     try:
         found["gemm"] = _matrix_products(device)
         if world.local_rank == 0:
-            found["free"], found["write"] = _disk(folder)
+            found["free"], found["write"] = measure_disk(folder)
             found["shm"] = _shared_memory(world.local_world_size if device.type == "cuda" else 0)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         found["problem"] = " ".join(f"{type(error).__name__}: {reason}".split())[:200]
     return found
-
-
-def _disk(folder: Path) -> tuple[int, float]:
-    """Free bytes of the run folder's disk, and bytes per second written to it and forced out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".preflight-{host_name()}-{os.getpid()}"
-    block = os.urandom(1 << 20)
-    begun = time.perf_counter()
-    try:
-        with open(path, "wb") as file:
-            for _ in range(16):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return shutil.disk_usage(folder).free, 16 * len(block) / (time.perf_counter() - begun)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _shared_memory(ranks: int) -> int:

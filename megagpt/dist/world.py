@@ -169,3 +169,8 @@ def _check_port(world: World, env: Mapping[str, str]) -> None:
 def is_main(env: Mapping[str, str] = os.environ) -> bool:
     """True on rank 0, and where no launcher's variable says a rank."""
     return (env.get("RANK") or env.get("SLURM_PROCID") or "0") == "0"
+
+
+def host_name(env: Mapping[str, str] = os.environ) -> str:
+    """The name under which Slurm knows this host, else its own."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()

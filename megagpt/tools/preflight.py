@@ -10,6 +10,7 @@ from typing import Literal
 from megagpt import dist
 from megagpt.config.flags import parse_flags
 from megagpt.dist import preflight
+from megagpt.dist.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ def preflight_main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", world.local_rank % torch.cuda.device_count())  # one alone is visible, or all are
         torch.cuda.set_device(device)
     dist.export(world)
+    store = meet(world, settings.run_dir, 60 * settings.timeout_minutes)
+    met = {} if store is None else {"store": store, "rank": world.rank, "world_size": world.world_size}
     distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=settings.timeout_minutes)
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=settings.timeout_minutes), **met
     )
     preflight.check(world, Path(settings.run_dir), device, slow_too=settings.slow == "stop")
     distributed.destroy_process_group()

@@ -9,7 +9,7 @@ import os
 import time
 
 from megagpt import dist
-from megagpt.dist.preflight import host_name
+from megagpt.dist.world import host_name
 from megagpt.train.plan import Plan
 
 
