@@ -6,6 +6,7 @@ import time
 
 import pytest
 from checkpoint_common import arguments
+from corpora import tiny_corpus
 from fork_server import train
 
 from megagpt.errors import ConfigError
@@ -83,6 +84,10 @@ def test_the_summary_tells_what_restarts_cost(tmp_path):
     assert summary["steps_lost"] >= 5
     assert 0 < summary["downtime_seconds"] < time.time() - begun
     assert 0 < summary["goodput"] < 1
-    assert "| steps_lost |" in (run_dir / "summary.md").read_text()
+    told = (run_dir / "summary.md").read_text()
+    assert "| steps_lost |" in told
+    size = json.loads((run_dir / "run.json").read_text())["n_params"]
+    assert f"| model | tiny |\n| n_params | {size:,} |" in told
+    assert f"| data | {tiny_corpus()} |" in told
     steps = [record["step"] for record in metrics.read(run_dir / metrics.NAME) if "loss" in record]
     assert steps == list(range(1, 401))  # no overlap and no gap

@@ -54,6 +54,8 @@ def summary(plan: FinetunePlan, state: TrainState, found: dict[str, dict], secon
     earlier = sum(p.phase.epochs for p in plan.phases[: phase.index] if p.phase.objective == "task")
     best = ((state.best_step or state.step) - phase.first) // phase.steps_per_epoch
     return {
+        "model": f"of {settings.init_from}",
+        "n_params": plan.model.n_params(),
         "task": plan.data.task,
         "kind": plan.data.kind,
         "recipe": plan.recipe.name,

@@ -74,6 +74,21 @@ class Plan:
             "ds_config": self.config.config,
         }
 
+    def summary(self) -> dict:
+        """What summary.md says of the model, the data and the batch."""
+        model, config = self.model, self.config
+        return {
+            "model": self.model_name,
+            "n_params": model.n_params(),
+            "shape": f"{model.n_layer} layers, width {model.d_model}, {model.n_head} heads, {model.seq_len} positions",
+            "data": " ".join(self.settings.data),
+            "data_tokens": sum(part.n_tokens for part in self.corpora.parts),
+            "global_batch": config.global_batch,
+            "ranks": config.world_size,
+            "precision": config.precision,
+            "zero_stage": config.zero_stage,
+        }
+
 
 def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
     """Check flags, DeepSpeed file, corpora and model against each other.
