@@ -113,6 +113,32 @@ def test_a_container_of_pyxis_gets_the_folders_and_the_command(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("script", "chosen", "command"),
+    [
+        ("pretrain", {}, ["warm"]),
+        ("finetune", {}, ["finetune", "warm"]),
+        ("array", {}, ["warm"]),
+        ("array", {"SCRIPT": "finetune.py"}, ["finetune", "warm"]),
+        ("container", {"IMAGE": "megagpt.sif"}, ["warm"]),
+    ],
+    ids=["pretrain", "finetune", "array", "array of finetune.py", "container"],
+)
+def test_caches_are_filled_with_the_flags_of_the_run(script, chosen, command, tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "common.sh").write_text(
+        'python=python\nvalue_of() { run_dir=runs/x; }\nrun() { printf "%s\\0" "${warm[@]}" -- "$@"; }\n'
+    )
+    env = {"MEGAGPT_HOME": str(tmp_path), "SLURM_SUBMIT_DIR": "/home/me", "SLURM_ARRAY_TASK_ID": "3", **chosen}
+    words = ["bash", ROOT / f"slurm/{script}.sbatch", "--run_dir", "runs/x", "--lr", "1e-3"]
+    output = subprocess.check_output(words, env={**os.environ, **env}).decode()
+    told = output.rpartition("\n")[2].split("\0")[:-1]  # an array says first which run this is
+    warm, run = told[: told.index("--")], told[told.index("--") + 1 :]
+    assert warm[: 3 + len(command)] == ["python", "-m", "megagpt", *command]
+    assert warm[3 + len(command) :] == run[3:]
+    assert run[:3] == ["python", "-u", f"{tmp_path}/{'finetune' if command[0] == 'finetune' else 'train'}.py"]
+
+
 @pytest.mark.parametrize("text", AWKWARD, ids=ascii)
 def test_arguments_and_variables_arrive_as_they_were_typed(text, tmp_path):
     arguments = ["--run_dir", text, f"--data={text}", text]

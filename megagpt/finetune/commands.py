@@ -1,4 +1,4 @@
-"""``megagpt finetune report|glue``: what came out of fine-tuning runs."""
+"""``megagpt finetune report|glue|warm``: what came out of fine-tuning runs, and what comes before one on a node."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +34,20 @@ class GlueSettings:
 
 def finetune_main(argv: list[str]) -> int:
     """Run ``megagpt finetune``; its exit code, 0."""
-    commands = {"report": _report, "glue": _glue}
+    commands = {"report": _report, "glue": _glue, "warm": _warm}
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(
             "usage: megagpt finetune report RUN... [--output NAME]   compare runs: Markdown, CSV, PNG\n"
             "       megagpt finetune glue RUN... [--output ZIP]      pack a submission to the GLUE benchmark\n"
+            "       megagpt finetune warm FLAGS OF finetune.py       compile what a run needs, before its ranks start\n"
             "To fine-tune: deepspeed finetune.py --help"
         )
         return 0
     if command not in commands:
-        raise ConfigError(f"unknown command {command[:80]!r}{nearest(command[:80], commands)}; choose report or glue")
+        raise ConfigError(
+            f"unknown command {command[:80]!r}{nearest(command[:80], commands)}; choose {', '.join(commands)}"
+        )
     commands[command](argv[1:])
     return 0
 
@@ -76,6 +79,12 @@ def _glue(argv: list[str]) -> None:
     for note in notes:
         print(f"note: {note}")
     print(f"written: {settings.output}")
+
+
+def _warm(argv: list[str]) -> None:
+    from megagpt.finetune.warm import warm_main  # torch takes seconds to load
+
+    warm_main(argv)
 
 
 def _runs(folders: tuple[str, ...]) -> list[report.Run]:

@@ -14,6 +14,7 @@ from megagpt.model.gpt import decays
 from megagpt.ops import Ops
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train import optim
+from megagpt.train.batches import BatchPlan
 
 
 def open_engine(
@@ -71,6 +72,21 @@ def _optimizer(groups: list[dict], plan: FinetunePlan, device: torch.device) -> 
         compiled=lambda: deepspeed_engine.adam_class(device, offloaded),
     )
     return optimizer
+
+
+def open_batches(plan: FinetunePlan, phase: PhasePlan, cut: BatchPlan, step: int, device: torch.device) -> TaskBatches:
+    """The phase's micro-batches of the rank in ``cut``, from update ``step`` of the run on."""
+    is_lm = phase.phase.objective == "lm"
+    return TaskBatches(
+        plan.text if is_lm else plan.splits["train"],
+        cut,
+        step - phase.first,
+        device,
+        order="shuffled" if is_lm else plan.order,
+        seed=plan.settings.seed + phase.index,
+        drop_short=not is_lm and plan.drop_short,
+        gradient_windows=None if is_lm else plan.settings.gradient_windows,
+    )
 
 
 def padding_line(batches: TaskBatches) -> str:
