@@ -1,6 +1,7 @@
 """Ranks that cannot meet say why in a sentence, soon, and no job joins another one's run."""
 
 import os
+import signal
 import socket
 
 import pytest
@@ -14,6 +15,7 @@ from megagpt.errors import ConfigError
 
 def met(run_dir="run", seconds=4.0, hold=None):
     """Meet as training does, then add up a one of each rank; rank 0 writes the sum."""
+    from megagpt.train.stopping import listening
 
     def fn():
         world = dist.resolve_world(os.environ)
@@ -22,7 +24,8 @@ def met(run_dir="run", seconds=4.0, hold=None):
 
         from megagpt.dist.rendezvous import meet
 
-        store = meet(world, run_dir, seconds)
+        print("here", flush=True)
+        store = meet(world, run_dir, seconds, asked=stop.asked)
         print("met", flush=True)
         while hold and not os.path.exists(hold):
             pass
@@ -33,7 +36,8 @@ def met(run_dir="run", seconds=4.0, hold=None):
         distributed.barrier()
         distributed.destroy_process_group()
 
-    return dist.run_main(fn)
+    with listening() as stop:
+        return dist.run_main(fn)
 
 
 def ended(*args, ranks=2, env=None, timeout=15):
@@ -44,7 +48,7 @@ def ended(*args, ranks=2, env=None, timeout=15):
 def test_ranks_meet():
     codes, outputs = ended()
     assert codes == [0, 0]
-    assert all(output.endswith("met\nsum 2\n") for output in outputs)
+    assert all(output.endswith("here\nmet\nsum 2\n") for output in outputs)
 
 
 def test_a_second_job_on_the_same_port_leaves_and_the_first_does_not_notice(tmp_path):
@@ -61,11 +65,43 @@ def test_a_second_job_on_the_same_port_leaves_and_the_first_does_not_notice(tmp_
 
 
 def test_who_is_missing_is_named():
-    codes, outputs = ended("run", 2.0, env={"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"})
+    codes, outputs = ended("run", 2.0, env=THREE)
     assert codes == [4, 4]
     assert "error: 2 of 3 ranks have come to 127.0.0.1:" in outputs[0]
     assert "and rank 2 is missing" in outputs[0]
-    assert outputs[1] == ""  # rank 0 has said it
+    assert outputs[1] == "here\n"  # rank 0 has said it
+
+
+THREE = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_ranks_wait_for_the_last_one_ends_them_all(number, rank):
+    with Job(met, "run", 60.0, ranks=2, env=THREE) as job:
+        for other in (0, 1):
+            job.wait_for("here", rank=other)
+        job.send(number, rank)
+        assert job.wait(15) == [75, 75]
+        told = f"stops: {number.name} on rank {rank}, before all ranks had met"
+        assert job.output().count(told) == 1, job.output()
+
+
+def test_a_signal_while_nobody_listens_at_the_meeting_point_ends_the_rank_that_waits():
+    with Job(met, "run", 60.0, ranks=1, env={**THREE, "RANK": "1"}) as job:
+        job.wait_for("here")
+        job.send(signal.SIGTERM)
+        assert job.wait(15) == [75]
+        assert "stops: SIGTERM on rank 1" in job.output()
+
+
+def test_a_signal_after_all_have_met_is_left_to_the_first_step(tmp_path):
+    with Job(met, "run", 10.0, str(tmp_path / "go")) as job:
+        for rank in (0, 1):
+            job.wait_for("met", rank=rank)
+        job.send(signal.SIGTERM, 1)
+        (tmp_path / "go").touch()
+        assert job.wait() == [0, 0], job.output()
 
 
 def test_a_rank_whose_first_one_never_comes_says_so():
@@ -75,8 +111,7 @@ def test_a_rank_whose_first_one_never_comes_says_so():
 
 
 def test_two_processes_with_one_rank_are_told():
-    env = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    codes, outputs = ended("run", 4.0, ranks=3, env=lambda rank: {**env, "RANK": str(min(rank, 1))})
+    codes, outputs = ended("run", 4.0, ranks=3, env=lambda rank: {**THREE, "RANK": str(min(rank, 1))})
     assert codes == [2, 2, 2]
     assert "two processes are rank 1: process " in "".join(outputs)
 
@@ -97,7 +132,7 @@ def test_what_cannot_be_right_is_told_in_a_sentence(env, told):
     codes, (output,) = ended("run", 1.0, ranks=1, env={"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **env})
     assert codes == [2]
     assert told in output
-    assert output.count("\n") == 1
+    assert output.removeprefix("here\n").count("\n") == 1
 
 
 def test_a_port_that_another_program_has_keeps_no_rank_waiting():
@@ -107,7 +142,7 @@ def test_a_port_that_another_program_has_keeps_no_rank_waiting():
         codes, outputs = ended("run", 2.0, env={"MASTER_PORT": str(other.getsockname()[1])})
     assert codes == [2, 2]
     assert "rank 0 cannot listen on port" in outputs[0]
-    assert outputs[1] == ""  # rank 0 has said it
+    assert outputs[1] == "here\n"  # rank 0 has said it
 
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}

@@ -10,32 +10,52 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
+from megagpt.dist.guard import name
 from megagpt.dist.world import World
-from megagpt.errors import ConfigError, PeerError
+from megagpt.errors import ConfigError, PeerError, Stopped
 
 _UNREACHABLE = 20.0  # seconds after which an address that never answers is given up
 _POLL = 0.1
 _RUN, _VERDICT = "megagpt/run", "megagpt/verdict"
+Asked = Callable[[], str]
 
 
-def meet(world: World, run_dir: str, seconds: float, env: Mapping[str, str] = os.environ):
+def meet(
+    world: World,
+    run_dir: str,
+    seconds: float,
+    env: Mapping[str, str] = os.environ,
+    asked: Asked = lambda: "",
+):
     """A torch store that all ranks of this run have come to within ``seconds``.
 
-    None for a single rank, and under torchrun, whose agents have met and brought a store of their own.
+    None for a single rank, and under torchrun, whose agents have met and brought a store of their own. ``asked`` tells
+    why this rank is to stop, or nothing: then no rank waits any longer, unless all have met already.
 
-    Raises ConfigError for an address, a port or ranks that cannot be right, PeerError where ranks don't come.
+    Raises ConfigError for an address, a port or ranks that cannot be right, PeerError where ranks don't come, Stopped.
     """
     check_slurm(world, env)
     if world.world_size == 1 or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    if world.rank:
-        _reach(world, seconds)
-    store = _open(world, seconds)
-    _greet(store, world, run_id(world, run_dir, env), time.monotonic() + seconds, seconds)
+    try:
+        if world.rank:
+            _reach(world, seconds, asked)
+        store = _open(world, seconds, asked)
+    except Stopped as stop:
+        print(f"{name()} stops: {stop}", flush=True)
+        raise
+    _greet(store, world, run_id(world, run_dir, env), time.monotonic() + seconds, seconds, asked)
     return store
+
+
+def _wait(asked: Asked) -> None:
+    """A moment; raises Stopped where this rank is asked to stop."""
+    if reason := asked():
+        raise Stopped(f"{reason}, before all ranks had met")
+    time.sleep(_POLL)
 
 
 def check_slurm(world: World, env: Mapping[str, str]) -> None:
@@ -57,7 +77,7 @@ def run_id(world: World, run_dir: str, env: Mapping[str, str] = os.environ) -> s
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _reach(world: World, seconds: float) -> None:
+def _reach(world: World, seconds: float, asked: Asked) -> None:
     """Wait until somebody listens at rank 0's address."""
     place = f"MASTER_ADDR={world.master_addr}"
     try:
@@ -89,10 +109,10 @@ def _reach(world: World, seconds: float) -> None:
                 f"rank 0 has not come to {world.master_addr}:{world.master_port} within {seconds:g} s; its own output "
                 "says why, or give it more time with --rendezvous_timeout"
             )
-        time.sleep(_POLL)
+        _wait(asked)
 
 
-def _open(world: World, seconds: float):
+def _open(world: World, seconds: float, asked: Asked):
     """The store. A program that listens there and speaks another language would keep torch waiting for ever."""
     from torch.distributed import TCPStore
 
@@ -114,7 +134,11 @@ def _open(world: World, seconds: float):
     opened, reasons = [], []
     attempt = threading.Thread(target=connect, name="rendezvous", daemon=True)
     attempt.start()
-    attempt.join(seconds)
+    deadline = time.monotonic() + seconds
+    while attempt.is_alive() and time.monotonic() < deadline:
+        attempt.join(_POLL)
+        if not opened and asked():
+            _wait(asked)
     if not opened:
         reason = next(iter(reasons), f"no answer within {seconds:g} s")
         raise ConfigError(
@@ -124,12 +148,12 @@ def _open(world: World, seconds: float):
     return opened[0]
 
 
-def _greet(store, world: World, run: str, deadline: float, seconds: float) -> None:
+def _greet(store, world: World, run: str, deadline: float, seconds: float, asked: Asked) -> None:
     """Return once all ranks have come; every rank gets the same verdict."""
     if world.rank == 0:
         store.set(_RUN, run)
     else:
-        _await(store, world, _RUN, deadline)
+        _await(store, world, _RUN, deadline, asked)
         if store.get(_RUN).decode() != run:
             raise ConfigError(
                 f"another run listens at {world.master_addr}:{world.master_port}: it has another --run_dir, another "
@@ -140,49 +164,64 @@ def _greet(store, world: World, run: str, deadline: float, seconds: float) -> No
     if twice:
         other = store.get(f"megagpt/rank{world.rank}").decode()
         text = f"two processes are rank {world.rank}: {other} and {me}; give each its own RANK"
-        store.set(_VERDICT, f"ConfigError {text}")
+        _decide(store, f"ConfigError {text}")
         raise ConfigError(text)
     store.set(f"megagpt/rank{world.rank}", me)
-    if world.rank == 0:
-        _count(store, world, deadline, seconds)
-    _await(store, world, _VERDICT, deadline + 10)
-    kind, _, text = store.get(_VERDICT).decode().partition(" ")
-    if kind != "go":
+    try:
         if world.rank == 0:
-            time.sleep(5 * _POLL)  # the others read it before this process ends, and the store with it
-        error = (ConfigError if kind == "ConfigError" else PeerError)(text)
-        error.on_every_rank = True
-        raise error
+            _count(store, world, deadline, seconds, asked)
+        _await(store, world, _VERDICT, deadline + 10, asked)
+    except Stopped as stop:
+        _decide(store, f"Stopped {name()} stops: {stop}")  # too late where all have met: the first step will heed it
+    _heed(store, world)
 
 
-def _count(store, world: World, deadline: float, seconds: float) -> None:
+def _decide(store, verdict: str) -> None:
+    """Write the verdict, unless there is one: all ranks go by the first."""
+    store.compare_set(_VERDICT, "", verdict)
+
+
+def _heed(store, world: World) -> None:
+    """Return if all are to go on; raise what the verdict says."""
+    kind, _, text = store.get(_VERDICT).decode().partition(" ")
+    if kind == "go":
+        return
+    if world.rank == 0:
+        if kind == "Stopped":
+            print(text, flush=True)
+        time.sleep(5 * _POLL)  # the others read it before this process ends, and the store with it
+    error = {"ConfigError": ConfigError, "Stopped": Stopped}.get(kind, PeerError)(text)
+    error.on_every_rank = True
+    raise error
+
+
+def _count(store, world: World, deadline: float, seconds: float, asked: Asked) -> None:
     """On rank 0: wait for the others and say so, or who is missing."""
     missing = list(range(1, world.world_size))
     while missing and not store.check([_VERDICT]):
         missing = [rank for rank in missing if not store.check([f"megagpt/rank{rank}"])]
         if missing and time.monotonic() > deadline:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            store.set(
-                _VERDICT,
+            _decide(
+                store,
                 f"PeerError {world.world_size - len(missing)} of {world.world_size} ranks have come to "
                 f"{world.master_addr}:{world.master_port} within {seconds:g} s and rank {shown} is missing; its own "
                 "output says why, WORLD_SIZE may be wrong, or --rendezvous_timeout is too short for this cluster",
             )
             return
         if missing:
-            time.sleep(_POLL)
-    if not store.check([_VERDICT]):
-        store.set(_VERDICT, "go")
+            _wait(asked)
+    _decide(store, "go")
 
 
-def _await(store, world: World, key: str, deadline: float) -> None:
+def _await(store, world: World, key: str, deadline: float, asked: Asked) -> None:
     try:
         while not store.check([key]):
             if time.monotonic() > deadline:
                 raise PeerError(
                     f"rank 0 at {world.master_addr}:{world.master_port} does not answer; its own output says why"
                 )
-            time.sleep(_POLL)
+            _wait(asked)
     except RuntimeError:  # of the store: its other end has closed
         raise PeerError(
             f"rank 0 at {world.master_addr}:{world.master_port} has ended; its own output says why"

@@ -15,11 +15,11 @@ import torch
 
 from megagpt import dist
 from megagpt.config import deepspeed as ds
+from megagpt.dist import preflight
 from megagpt.dist.rendezvous import meet
 from megagpt.finetune import evaluation, results, weights
-from megagpt.finetune.batches import TaskBatches
 from megagpt.finetune.model import Classifier
-from megagpt.finetune.phases import open_engine, padding_line
+from megagpt.finetune.phases import open_batches, open_engine, padding_line
 from megagpt.finetune.plan import FinetunePlan, PhasePlan
 from megagpt.finetune.score import METRICS, score
 from megagpt.ops import Ops
@@ -33,8 +33,12 @@ from megagpt.train.seeds import seed_all
 from megagpt.train.stopping import StopRequests
 
 
-def start(plan: FinetunePlan, world: dist.World) -> torch.device:
-    """Check the machine and start the process group. Raises ConfigError before anything is written."""
+def start(plan: FinetunePlan, world: dist.World, stop: StopRequests | None = None) -> torch.device:
+    """Check the machine, start the process group and, with --preflight, look at all hosts.
+
+    Raises ConfigError before anything of a run is written, or Stopped.
+    """
+    stop = stop or StopRequests()
     device = deepspeed_engine.device_of(world)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     ds.check_hardware(plan.config, device.type, capability)
@@ -46,8 +50,10 @@ def start(plan: FinetunePlan, world: dist.World) -> torch.device:
     dist.watch(plan.settings.hang_timeout, 60 * timeout, world.local_world_size)
     deepspeed_engine.start_distributed(
         timeout,
-        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout),
+        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout, asked=stop.asked),
     )
+    if plan.settings.preflight != "no":
+        preflight.check(world, plan.run_dir, device, slow_too=plan.settings.preflight == "stop")
     return device
 
 
@@ -168,17 +174,7 @@ class Run:
         plan, config = self.plan, self.plan.config
         engine.train()
         cut = BatchPlan(config.micro_batch, config.accumulation, self.world.world_size, self.world.rank)
-        is_lm = phase.phase.objective == "lm"
-        batches = TaskBatches(
-            plan.text if is_lm else plan.splits["train"],
-            cut,
-            self.state.step - phase.first,
-            self.device,
-            order="shuffled" if is_lm else plan.order,
-            seed=plan.settings.seed + phase.index,
-            drop_short=not is_lm and plan.drop_short,
-            gradient_windows=None if is_lm else plan.settings.gradient_windows,
-        )
+        batches = open_batches(plan, phase, cut, self.state.step, self.device)
         self.log.message(padding_line(batches))
         settings = plan.settings
         return Loop(
@@ -201,7 +197,7 @@ class Run:
             state=self.state,
             root=plan.root,
             checkpoint_bytes=self.checkpoint_bytes,
-            evaluate=dict if is_lm else (lambda: self._evaluate(engine)),
+            evaluate=dict if phase.phase.objective == "lm" else (lambda: self._evaluate(engine)),
             log=self.log,
             tokens_of=lambda step: batches.tokens(step - phase.first),
             flops_per_token=plan.model.flops_per_token(),

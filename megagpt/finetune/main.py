@@ -40,7 +40,7 @@ def _main(argv: list[str] | None, stop: StopRequests) -> None:
     from megagpt.finetune import driver
     from megagpt.train.engine import stop_distributed
 
-    device = driver.start(plan, world)
+    device = driver.start(plan, world, stop)
     try:
         driver.finetune(plan, world, device, stop)
         for run in runs[1:]:

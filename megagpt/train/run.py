@@ -37,7 +37,7 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
     dist.watch(plan.settings.hang_timeout, 60 * timeout, world.local_world_size)
     deepspeed_engine.start_distributed(
         timeout,
-        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout),
+        lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout, asked=stop.asked),
     )
     with folder.locked(plan.run_dir, plan.settings.mirror):
         needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
@@ -71,7 +71,8 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float, st
         if loop.saver.mirror is not None:
             loop.saver.mirror.finish()
         checkpoint_folder = plan.root / manifest.tag_name(loop.state.step)
-        loop.log.finish({"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)})
+        last = {"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)}
+        loop.log.finish({**plan.summary(), **last})
 
 
 @contextmanager
