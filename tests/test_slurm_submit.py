@@ -51,11 +51,35 @@ def test_awkward_names_reach_the_ranks_as_they_were_typed(cluster, tmp_path):
     assert shown.endswith(f"  job {job} has ended\n".replace("job ", ""))
 
 
+def test_the_status_of_a_run_names_its_task_of_an_array(cluster, tmp_path):
+    """The queue calls it 12_4, and the task itself is told a number of its own."""
+    python = program(tmp_path / "waits", '#!/bin/bash\nuntil [ -e "$TMPDIR/go" ]; do sleep 0.1; done\n')
+    flags = ["--array=4", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/log"]
+    words = ["slurm/array.sbatch", "--run_dir", tmp_path / "runs"]
+    job = cluster.sbatch(*flags, *words, cwd=ROOT, PYTHON=str(python), TMPDIR=str(tmp_path))
+    run_dir = tmp_path / "runs" / "4"
+    cluster.until(lambda: list(run_dir.glob("slurm/*")), 60, "the start")
+    shown = megagpt(cluster, "slurm", "status", run_dir)
+    (tmp_path / "go").touch()
+    assert cluster.wait(f"{job}_4") == "COMPLETED"
+    assert f"  {job}_4 RUNNING, " in shown
+    assert f"{job} has ended" not in shown
+
+
 def test_ranks_get_the_variables_that_they_need_and_no_secrets(cluster, tmp_path):
-    python = program(tmp_path / "show", '#!/bin/bash\nenv -0 >"$TMPDIR/env$SLURM_PROCID"\n')
+    """And their nodes, which seem to have GPUs, are warmed once each before."""
+    warms = 'if [ "$2" = megagpt ]; then echo "${*:3:3}" >>"$TMPDIR/warm"; exit; fi'
+    shows = 'wc -l <"$TMPDIR/warm" >"$TMPDIR/warmed$SLURM_PROCID"\nenv -0 >"$TMPDIR/env$SLURM_PROCID"'
+    python = program(tmp_path / "show", f"#!/bin/bash\n{warms}\n{shows}\n")
+    program(tmp_path / "nvidia-smi", "#!/bin/sh\n")
     flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--cpus-per-task=3", f"--output={tmp_path}/log"]
     asked = {"PYTHON": str(python), "TMPDIR": str(tmp_path), "NCCL_SOCKET_IFNAME": "ib0", "SERVICE_TOKEN": "hush"}
-    asked |= {"PYTHONPATH": "elsewhere", "WANDB_MODE": "offline", "MEGAGPT_EXPORT": "WANDB_MODE"}
+    asked |= {
+        "PATH": f"{tmp_path}:{cluster.env['PATH']}",
+        "PYTHONPATH": "elsewhere",
+        "WANDB_MODE": "offline",
+        "MEGAGPT_EXPORT": "WANDB_MODE",
+    }
     job = cluster.sbatch(*flags, "slurm/pretrain.sbatch", "--run_dir", tmp_path / "run", cwd=ROOT, **asked)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     for rank in range(2):
@@ -67,8 +91,11 @@ def test_ranks_get_the_variables_that_they_need_and_no_secrets(cluster, tmp_path
         assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "3")
         assert env["SLURM_CPUS_PER_TASK"] == "3"
         assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert 20000 <= int(env["MASTER_PORT"]) < 30000
         assert env["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/megagpt-{job}-")
         assert env["TORCH_EXTENSIONS_DIR"].startswith(f"{tmp_path}/megagpt-{job}-")
+        assert (tmp_path / f"warmed{rank}").read_text().strip() == "2"
+    assert (tmp_path / "warm").read_text() == 2 * f"warm --ds_config {ROOT}/ds_configs/zero2_bf16.json\n"
 
 
 def test_one_rank_that_fails_ends_the_job_at_once_with_its_code(cluster, tmp_path):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from megagpt.errors import ConfigError
 
-_FORMAT = "%i|%T|%L|%R|%j"  # number, state, time left, nodes or reason, name
+# Number, name of the number (12_3 in an array), state, time left, nodes or reason, name.
+_FORMAT = "%A|%i|%T|%L|%R|%j"
 
 
 def lines(run_dirs: Sequence[str]) -> Iterator[str]:
     """A line for each of the user's jobs, or, given folders of runs, how far each run is and its jobs."""
     if not run_dirs:
-        yield from _queue([]) or ["no jobs in the queue"]
+        yield from _queue([]).values() or ["no jobs in the queue"]
         return
     for name in run_dirs:
         folder = Path(name)
@@ -22,7 +23,7 @@ def lines(run_dirs: Sequence[str]) -> Iterator[str]:
             raise ConfigError(f"{name} is no folder of a run; give a --run_dir")
         yield f"{name}: {_progress(folder)}"
         jobs = sorted((path.name for path in folder.glob("slurm/*") if path.name.isdigit()), key=int)
-        queued = {line.split()[0]: line for line in _queue(jobs)} if jobs else {}
+        queued = _queue(jobs) if jobs else {}
         yield from (f"  {queued.get(job, f'{job} has ended{_code(folder, job)}')}" for job in jobs)
 
 
@@ -71,8 +72,8 @@ def _last_records(path: Path) -> list[dict]:
     return records
 
 
-def _queue(jobs: Sequence[str]) -> list[str]:
-    """A line for each of ``jobs`` that is in the queue, or for each of the user's."""
+def _queue(jobs: Sequence[str]) -> dict[str, str]:
+    """A line by number for each of ``jobs`` that is in the queue, or for each of the user's."""
     program = shutil.which("squeue")
     if program is None:
         raise ConfigError("squeue is not on the PATH; ask on a login node of the cluster")
@@ -80,5 +81,7 @@ def _queue(jobs: Sequence[str]) -> list[str]:
     done = subprocess.run([program, "--noheader", *which, "--format", _FORMAT], capture_output=True, text=True)
     if done.returncode and "Invalid job id" not in done.stderr:  # long gone
         raise ConfigError(f"squeue fails: {' '.join(done.stderr.split())[-300:]}")
-    rows = [line.split("|", 4) for line in done.stdout.splitlines() if line.count("|") >= 4]
-    return [f"{job} {state}, {left} left, {where}, {name}" for job, state, left, where, name in rows]
+    rows = [line.split("|", 5) for line in done.stdout.splitlines() if line.count("|") >= 5]
+    return {
+        number: f"{shown} {state}, {left} left, {where}, {name}" for number, shown, state, left, where, name in rows
+    }
