@@ -37,7 +37,7 @@ class JobSettings:
     mem: str | None = None  # memory a node; 0 is all of it
     exclude: str | None = None  # hosts not to run on
     exclusive: bool = False  # share the nodes with no other job
-    signal: str | None = None  # sbatch's --signal, by default B:USR1@300: save five minutes before the limit
+    signal: str | None = None  # sbatch's --signal; the scripts have B:USR1@300, five minutes before the limit, or @120
     output: str | None = None  # the log; %x is the job's name, %j its number
     sbatch: tuple[str, ...] = ()  # other options of sbatch: mail-type=END hint=nomultithread
     set: tuple[str, ...] = ()  # variables of the script: DS_CONFIG=... IMAGE=... SWEEP=... PYTHON=...
