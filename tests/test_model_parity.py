@@ -120,7 +120,7 @@ def test_names_and_shapes_are_exact(norm):
     position = "transformer.wpe.weight" if norm == "pre" else "transformer.positions_embed.weight"
     cases = {
         r"lack h\.1\.mlp\.c_fc\.weight, which a .*-norm model of 3 blocks needs": without(theirs, mlp),
-        r"hold h\.3\.ln_1\.bias and 1 more, which a .*-norm model of 3 blocks does not have": {
+        r"hold h\.3\.ln_1\.bias, h\.3\.ln_1\.weight, which a .*-norm model of 3 blocks does not have": {
             **theirs,
             "transformer.h.3.ln_1.weight": torch.ones(32),
             "transformer.h.3.ln_1.bias": torch.ones(32),

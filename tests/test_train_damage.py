@@ -13,7 +13,7 @@ from corruption import survey
 from distributed import run_ranks
 
 from megagpt.errors import CheckpointError
-from megagpt.train import checkpoint, faults, manifest, retention
+from megagpt.train import faults, manifest, retention, weights
 
 
 def test_500_random_corruptions_are_found_named_and_passed_over(run_dir):
@@ -152,7 +152,7 @@ def test_code_in_the_place_of_tensors_is_refused_on_every_rank(run_dir, tmp_path
 
 def _read_weights(run_dir) -> str:
     try:
-        checkpoint.read_weights(run_dir)
+        weights.read_weights(run_dir)
     except CheckpointError as error:
         return str(error)
     return ""

@@ -6,23 +6,40 @@ import pytest
 import torch
 from checkpoint_common import folder, resume
 from corpora import write_bytes_corpus
+from distributed import run_ranks
 from safetensors.torch import save_file
 
 from megagpt.errors import CheckpointError
 from megagpt.train import checkpoint
+from megagpt.train.weights import read_weights
+
+
+def differences_from_deepspeed(run):
+    """Names of the weights that are not what DeepSpeed's own script puts together."""
+    from megagpt.train.engine import import_deepspeed
+
+    import_deepspeed()
+    checkpoint.allow_checkpoint_classes()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(run / "checkpoints"), tag="global_step2")
+    ours, _ = read_weights(run)
+    return [n for n in theirs.keys() | ours.keys() if n not in theirs or n not in ours or not theirs[n].equal(ours[n])]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, stage):
     run = tmp_path / "run"
     assert resume(run, ranks=2, stage=stage, max_steps=2)[0] == 0
-    weights, settings = checkpoint.read_weights(run)
+    weights, settings = read_weights(run)
     assert settings["d_model"] == 32
     assert weights["wte.weight"].shape == (256, 32)
+    if stage:
+        assert run_ranks(differences_from_deepspeed, 1, run)[0][0] == []
     new = tmp_path / "new"
     code, output = resume(new, "--init_from", run, ranks=2, stage=3 - stage, max_steps=1, lr=1e-30, weight_decay=0)
     assert code == 0, output
-    copied, _ = checkpoint.read_weights(new)
+    copied, _ = read_weights(new)
     assert copied.keys() == weights.keys()
     for name in weights:
         torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
@@ -31,7 +48,7 @@ def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, sta
 def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):
     run = tmp_path / "run"
     assert resume(run, ranks=1, stage=0, max_steps=2, precision="bf16")[0] == 0
-    weights, _ = checkpoint.read_weights(run)
+    weights, _ = read_weights(run)
     saved = torch.load(folder(run, 2) / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     assert weights.keys() == saved.keys()
     for name, tensor in weights.items():
@@ -49,7 +66,7 @@ def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_ar
     ids=["missing", "misshapen"],
 )
 def test_weights_that_are_not_what_their_file_says_are_refused_on_all_ranks(finished, tmp_path, damage, words):
-    weights, config = checkpoint.read_weights(finished)
+    weights, config = read_weights(finished)
     damage(weights)
     save_file(weights, tmp_path / "w.safetensors", metadata={"config": json.dumps(config)})
     code, output = resume(tmp_path / "new", init_from=tmp_path / "w.safetensors", stage=3)
@@ -74,4 +91,4 @@ def test_init_from_refuses_another_shape_and_an_empty_folder(run_dir, tmp_path):
     assert code == 2
     assert "n_layer 2 (the weights have 1)" in output
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        checkpoint.read_weights(tmp_path)
+        read_weights(tmp_path)

@@ -17,7 +17,7 @@ def read_source(init_from: str, *, weights_taken: bool) -> tuple[GPTConfig, str 
     Only small files and the headers of large ones are read. Raises CheckpointError where there are no weights, where
     they are fine-tuned already, and with ``weights_taken`` where a file lacks some.
     """
-    path = Path(init_from)
+    path = manifest.weights_path(Path(init_from))
     source = manifest.read_decoder_source(path)
     try:
         model = GPTConfig.from_dict(source.model)
@@ -30,7 +30,7 @@ def read_source(init_from: str, *, weights_taken: bool) -> tuple[GPTConfig, str 
 
 def identity(init_from: str) -> dict:
     """Which weights they are: step and manifest of the checkpoint, or name and size of the file."""
-    path = Path(init_from)
+    path = manifest.weights_path(Path(init_from))
     if path.suffix == ".safetensors":
         return {"file": path.name, "size": path.stat().st_size}
     folder, _ = manifest.locate(path, problem=lambda _: None)

@@ -7,7 +7,6 @@ killed anywhere in between leaves the older checkpoints as they were.
 
 import contextlib
 import copy
-import io
 import json
 import pickle
 import shutil
@@ -20,8 +19,7 @@ import torch
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
-from megagpt.model.gpt import decays
-from megagpt.train import faults, manifest, reshard
+from megagpt.train import faults, manifest, reshard, weights
 from megagpt.train.seeds import rng_state, seed_all, set_rng_state
 from megagpt.train.writer import Writer
 
@@ -259,7 +257,7 @@ def load(engine, folder: Path, config: ResolvedConfig, *, seed: int) -> TrainSta
         if not cut_anew:
             random_state = torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _foreign(folder, error) from None
+        raise weights.foreign(folder, error) from None
     if loaded is None:
         raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
     if cut_anew:
@@ -267,13 +265,6 @@ def load(engine, folder: Path, config: ResolvedConfig, *, seed: int) -> TrainSta
     else:
         set_rng_state(random_state)
     return state
-
-
-def _foreign(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} holds something other than tensors and plain values and was refused, for loading it could run code "
-        f"({str(error).splitlines()[0][:200]}); use a checkpoint that MegaGPT wrote"
-    )
 
 
 def read_state(folder: Path) -> TrainState:
@@ -288,59 +279,3 @@ def allow_checkpoint_classes() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Full weights in fp32, whatever ZeRO stage they were saved under, and the model's settings.
-
-    ``path`` is a run folder (its newest intact checkpoint), a checkpoint folder, or a .safetensors file (whose
-    settings are in its metadata under ``config``). Raises CheckpointError when there is nothing usable.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    folder, _ = manifest.locate(path)
-    state, header = read_state(folder), manifest.read(folder)
-    from megagpt.train.engine import import_deepspeed
-
-    import_deepspeed()
-    allow_checkpoint_classes()
-    try:
-        weights = _whole_weights(folder, header["zero_stage"])
-    except pickle.UnpicklingError as error:
-        raise _foreign(folder, error) from None
-    return {name: tensor.float() for name, tensor in weights.items()}, state.model
-
-
-def _whole_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
-    if zero_stage == 0:
-        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu", mmap=True)
-        return _with_masters(saved["module"], saved["optimizer"])
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    # It reports its progress with print and tqdm.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-
-
-def _with_masters(weights: dict[str, torch.Tensor], optimizer: dict) -> dict[str, torch.Tensor]:
-    """``weights`` as an unsharded run updates them: in fp32, where it trained in 16 bits.
-
-    DeepSpeed keeps these for each parameter group as a list or, under its own Adam, one behind the other.
-    """
-    masters = optimizer.get("fp32_groups") or optimizer.get("fp32_groups_flat")
-    if masters is None:
-        return weights
-    groups = [[name for name in weights if decays(name) == wanted] for wanted in (True, False)]  # as the optimiser's
-    whole = {}
-    for names, master in zip(filter(None, groups), masters, strict=True):
-        flat = master if torch.is_tensor(master) else torch.cat([tensor.flatten() for tensor in master])
-        parts = flat.split([weights[name].numel() for name in names])
-        whole |= {name: part.view_as(weights[name]) for name, part in zip(names, parts, strict=True)}
-    return whole
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    with manifest.open_safetensors(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
-    return weights, manifest.read_source(path).model

@@ -24,6 +24,7 @@ from megagpt.train.loop import Intervals, Loop
 from megagpt.train.plan import Plan
 from megagpt.train.seeds import seed_all
 from megagpt.train.stopping import StopRequests
+from megagpt.train.weights import read_weights
 
 
 def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> None:
@@ -233,7 +234,7 @@ def _load_weights(model: GPT, plan: Plan, ops: Ops) -> None:
 
 def _read_weights(plan: Plan, ops: Ops) -> dict[str, torch.Tensor]:
     """The weights of --init_from. Raises CheckpointError where they are not those of the plan's model."""
-    weights, _ = checkpoint.read_weights(plan.init_weights)
+    weights, _ = read_weights(plan.init_weights)
     with torch.device("meta"):
         expected = GPT(plan.model, ops)
     for name, parameter in expected.named_parameters():
