@@ -162,7 +162,7 @@ def _without_crc32():
 
 def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        manifest.make_folder(root)
         check_space(root, needed)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()

@@ -3,6 +3,7 @@
 Rank 0 writes; on the other ranks every call does nothing. What fails to be logged never stops the training.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.train import events, report
@@ -81,6 +82,11 @@ class RunLog:
         if self.is_main:
             self._console.message(text)
 
+    def sync(self) -> None:
+        """Force metrics.jsonl to disk: with a checkpoint goes the log of the steps before it, whatever happens."""
+        if self.is_main:
+            self._try(self._metrics.sync)
+
     def finish(self, summary: dict) -> dict:
         """Write summary.json, summary.md and loss.png from ``summary`` and the metrics, and show what came out.
 
@@ -110,8 +116,11 @@ class RunLog:
             self._warn_once("TensorBoard's events", f"of an earlier start cannot be cut back ({error.strerror})")
 
     def _write(self, record: dict) -> None:
+        self._try(lambda: self._metrics.write(record))
+
+    def _try(self, fn: Callable[[], None]) -> None:
         try:
-            self._metrics.write(record)
+            fn()
         except OSError as error:
             self._warn_once("metrics.jsonl", f"cannot be written ({error.strerror})")
 

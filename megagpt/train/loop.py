@@ -301,6 +301,7 @@ class Loop:
         best = self.state.best_loss, self.state.best_step
         if evaluated and self._note_best():
             self.on_best()  # before the checkpoint that says so: a run that goes on from it does not repeat it
+        self.log.sync()
         self.saver.save(final=final, best=best)
         self._mark_time()
 

@@ -143,6 +143,15 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that they are there after a loss of power too."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # a parent that may be entered and not read
+            fsync(folder.parent)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` so that a reader sees the old content or the new, never a part of either."""
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -169,7 +178,8 @@ def publish(tmp: Path, final: Path) -> None:
 
     What already has the name is a damaged checkpoint of this very step: the good one takes its place.
     """
-    fsync(tmp)
+    for folder in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
+        fsync(folder)
     faults.point("manifest_synced")
     old = final.with_name(f".tmp-old-{final.name}")
     remove(old)

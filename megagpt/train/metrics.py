@@ -6,10 +6,11 @@ A number that is not finite (the loss of a broken step, the norm of a skipped on
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 from megagpt.errors import StorageError
-from megagpt.train.manifest import write_atomically
+from megagpt.train.manifest import fsync, write_atomically
 
 NAME = "metrics.jsonl"
 
@@ -49,12 +50,20 @@ class MetricsFile:
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; choose another --run_dir") from None
+        self._is_named = False  # on disk, where its folder has been forced there
         self.skipped_steps: int = max((record.get("skipped_steps", 0) for record in kept), default=0)
 
     def write(self, record: dict) -> None:
         """Append one record and hand it to the system, so that ``tail -f`` and a crash see it. Raises OSError."""
         self._file.write(_line(record))
         self._file.flush()  # what a full disk refuses stays in the buffer and goes out with a later line
+
+    def sync(self) -> None:
+        """Force the records so far to disk. Raises OSError."""
+        os.fsync(self._file.fileno())
+        if not self._is_named:
+            fsync(self.path.parent)
+            self._is_named = True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

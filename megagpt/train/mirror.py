@@ -23,8 +23,9 @@ def copy(folder: Path, root: Path) -> Path:
     tmp, final = root / manifest.tmp_name(manifest.step_of(folder)), root / folder.name
     try:
         files = manifest.read(folder)["files"]
+        manifest.make_folder(root)
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        tmp.mkdir()
         for name, entry in files.items():
             (tmp / name).parent.mkdir(parents=True, exist_ok=True)
             if _copy_file(folder / name, tmp / name) != entry["sha256"]:
