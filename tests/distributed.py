@@ -15,7 +15,7 @@ from pathlib import Path
 from fork_server import context as _context
 from fork_server import finetune_main, free_port, rank_env, train_main
 
-__all__ = ["RankFailed", "finetune", "free_port", "rank_env", "run_ranks", "train"]
+__all__ = ["RankFailed", "finetune", "free_port", "rank_env", "run_ranks", "train", "train_main"]
 
 
 def _child(pipe, fn, args, env, log):

@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_common import folder, resume, shard
+from checkpoint_common import arguments, folder, resume, shard
 from corruption import survey
-from distributed import run_ranks
+from distributed import run_ranks, train_main
+from fork_server import Job
 
 from megagpt.errors import CheckpointError
 from megagpt.train import faults, manifest, retention, weights
@@ -120,6 +121,17 @@ def test_a_disk_that_goes_on_failing_is_named_ends_the_run_and_costs_no_checkpoi
     assert not list(root.glob(".tmp*")), "a partial checkpoint would eat the space that is missing"
 
 
+def test_a_folder_of_checkpoints_that_vanishes_in_the_run_is_made_again(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    flags = [str(word) for word in arguments(tmp_path / "run", max_steps=6)]
+    with Job(train_main, flags, env={faults.VARIABLE: "save_begun:0:3:sleep2"}) as job:
+        job.wait_for("global_step2 in", rank=0)
+        shutil.rmtree(root)
+        assert job.wait() == [0, 0], job.output()
+    assert [manifest.step_of(path) for path in manifest.folders(root)] == [6, 5, 4, 3]
+    assert manifest.problem(folder(tmp_path / "run", 6)) is None
+
+
 class _Evil:
     def __init__(self, marker):
         self.marker = str(marker)
@@ -148,6 +160,37 @@ def test_code_in_the_place_of_tensors_is_refused_on_every_rank(run_dir, tmp_path
     assert "holds something other than tensors and plain values and was refused" in output
     assert "Traceback" not in output
     assert not (tmp_path / "code_ran").exists()
+
+
+def _with_evil_fragments(argv: list[str], marker) -> int:
+    """``train.py``, whose converted checkpoint somebody changes before it is loaded."""
+    from megagpt.train import reshard
+
+    convert = reshard._convert
+
+    def changed(folder, converted) -> None:
+        convert(folder, converted)
+        for path in converted.rglob("exp_avg.pt"):
+            torch.save(_Evil(marker), path)
+
+    reshard._convert = changed
+    return train_main(argv)
+
+
+@pytest.mark.parametrize("where", ["shards to convert", "converted fragments"])
+def test_code_is_refused_on_the_way_to_another_number_of_ranks(run_dir, tmp_path, where):
+    marker = tmp_path / "code_ran"
+    if where == "shards to convert":
+        _poison(run_dir, "*_optim_states.pt", marker)
+        code, output = resume(run_dir, ranks=1)
+    else:
+        argv = [str(word) for word in arguments(run_dir, max_steps=6)]
+        ((code, output),) = run_ranks(_with_evil_fragments, 1, argv, marker)
+    assert code == 3, output
+    assert "cannot be cut anew for another number of ranks" in output
+    assert "Traceback" not in output
+    assert not marker.exists()
+    assert not list((run_dir / "checkpoints").glob(".tmp*"))
 
 
 def _read_weights(run_dir) -> str:

@@ -27,9 +27,9 @@ def load(engine, folder: Path) -> None:
     optimizer = engine.optimizer
     settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
     converted = folder.with_name(f".tmp-universal-{folder.name}")
-    dist.everywhere(lambda: _convert(folder, converted) if dist.is_main() else None)
-    engine._config.load_universal_checkpoint = True
     try:
+        dist.everywhere(lambda: _convert(folder, converted) if dist.is_main() else None)
+        engine._config.load_universal_checkpoint = True
         loaded = dist.everywhere(lambda: _load_converted(engine, folder, converted))
     finally:
         engine._config.load_universal_checkpoint = False
