@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megagpt import dist
 from megagpt.errors import Stopped
+from megagpt.train.folder import private
 from megagpt.train.stopping import StopRequests, listening
 
 
@@ -14,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         return dist.run_main(lambda: _main(argv, stop), on_orphan=stop.orphaned)
 
 
+@private()
 def _main(argv: list[str] | None, stop: StopRequests) -> None:
     from megagpt.config import deepspeed
     from megagpt.finetune.fields import parse

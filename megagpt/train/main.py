@@ -7,6 +7,7 @@ seconds.
 import os
 
 from megagpt import dist
+from megagpt.train.folder import private
 from megagpt.train.stopping import StopRequests, listening
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         return dist.run_main(lambda: _main(argv, stop), on_orphan=stop.orphaned)
 
 
+@private()
 def _main(argv: list[str] | None, stop: StopRequests) -> None:
     from megagpt.config import deepspeed
     from megagpt.config.fields import parse
