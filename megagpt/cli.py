@@ -26,6 +26,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     ),
     "warm": ("megagpt.train.warm", "warm_main", "compile what a run needs, before its ranks start on a node"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
+    "evaluate": ("megagpt.evaluate.measure", "evaluate_main", "measure a run on texts and tasks"),
 }
 
 

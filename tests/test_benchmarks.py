@@ -14,6 +14,7 @@ SECTIONS = {
     "cpu_train": {"quick fp32", "quick bf16"},
     "cpu_finetune": {"quick"},
     "cpu_checkpoint": {"save", "restart"},
+    "cpu_generate": {f"{dtype}, batch {n}" for dtype in ("float32", "bfloat16") for n in (1, 8)},
 }
 
 

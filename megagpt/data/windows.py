@@ -169,15 +169,21 @@ def _scaled(x: np.ndarray, share: int) -> np.ndarray:
 class EvalWindows:
     """A validation set cut into windows of ``seq_len`` predictions: every token but the very first is scored once.
 
-    ``batch`` gives inputs and targets; the end of the last window is padded with id 0 and target -100.
+    ``stride`` tokens lie between the beginnings of two windows, ``seq_len`` unless given. Where they are fewer, a
+    window after the first scores its last ``stride`` predictions alone: the earlier ones are of the window before, and
+    each token is predicted from at least seq_len - stride tokens. ``batch`` gives inputs and targets; what is not
+    scored has the target -100, and the end of the last window is padded with id 0.
     """
 
-    def __init__(self, dataset: IndexedDataset, seq_len: int) -> None:
+    def __init__(self, dataset: IndexedDataset, seq_len: int, stride: int | None = None) -> None:
         if dataset.n_tokens < 2:
             raise DataError(f"{dataset.prefix} has {dataset.n_tokens} tokens; a validation set needs at least two")
         self.dataset = dataset
         self.seq_len = seq_len
-        self.n_windows = -(-(dataset.n_tokens - 1) // seq_len)
+        self.stride = seq_len if stride is None else stride
+        if not 0 < self.stride <= seq_len:
+            raise ConfigError(f"a stride of {stride} has to be from 1 to the window's {seq_len}")
+        self.n_windows = 1 + max(0, -(-(dataset.n_tokens - 1 - seq_len) // self.stride))
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of windows ``indices`` (each below n_windows), both int64 (len(indices), seq_len)."""
@@ -187,8 +193,9 @@ class EvalWindows:
         for row, index in enumerate(np.asarray(indices).tolist()):
             if not 0 <= index < self.n_windows:
                 raise IndexError(f"window {index} of {self.n_windows}")
-            start = np.array([index * T])
-            window = self.dataset.read(start, min(T + 1, n_tokens - index * T))[0]
+            start = index * self.stride
+            window = self.dataset.read(np.array([start]), min(T + 1, n_tokens - start))[0]
+            scored = T - self.stride if index else 0  # from here on
             ids[row, : len(window) - 1] = window[:-1]
-            targets[row, : len(window) - 1] = window[1:]
+            targets[row, scored : len(window) - 1] = window[1 + scored :]
         return ids, targets

@@ -35,6 +35,11 @@ def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device, asked_
     return None if device.type == "cpu" else f"its forms are for a CPU, and the model is on {device.type}"
 
 
+# Rows for which reading the weights takes longer than multiplying by them, as in decoding: widening a copy of the weights
+# would take several times as long as emulated arithmetic.
+_FEW_ROWS = 16
+
+
 class _WideLinear(torch.autograd.Function):
     """A projection of 16-bit tensors whose three products are computed in float32."""
 
@@ -56,7 +61,8 @@ class _WideLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch_ops.linear``."""
-    if product_dtype(x) == x.dtype:
+    few = x.numel() <= _FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+    if few or product_dtype(x) == x.dtype:
         return F.linear(x, weight, bias)
     return _WideLinear.apply(x, weight, bias)
 

@@ -1,0 +1,78 @@
+"""Log-probabilities of given tokens: what choosing between answers is made of."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagpt import dist
+from megagpt.dist import gather_json
+
+_LOGITS = 1 << 25  # at once, 128 MB in float32
+
+
+class Scored(NamedTuple):
+    """Of the scored tokens of a sequence: log P of each given all before it, and whether all were the likeliest."""
+
+    log_probs: list[float]
+    greedy: bool
+
+
+def score(
+    model,
+    sequences: Sequence[tuple[Sequence[int], int]],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Scored]:
+    """The score of every (ids, first): of ids[first:], with ``first`` at least 1, in nats.
+
+    What is longer than the context is predicted from its last tokens. Batches are the same for any number of ranks,
+    rank j % world_size computes batch j, and every rank returns all scores.
+    """
+    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+    mine = []
+    for j, at in enumerate(range(0, len(sequences), batch_size)):
+        if j % world_size == rank:
+            dist.beat()
+            chosen = longest_first[at : at + batch_size]
+            scores = _score_batch(model, [sequences[i] for i in chosen])
+            mine += [[i, *s] for i, s in zip(chosen, scores, strict=True)]
+    everything = gather_json(mine) if world_size > 1 else [mine]
+    found = {i: Scored(log_probs, greedy) for part in everything for i, log_probs, greedy in part}
+    return [found[i] for i in range(len(sequences))]
+
+
+@torch.inference_mode()
+def _score_batch(model, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
+    device, room = model.wte.weight.device, model.config.seq_len + 1
+    kept = [(list(ids)[-room:], max(1, first - max(0, len(ids) - room))) for ids, first in sequences]
+    T = max(len(ids) for ids, _ in kept) - 1
+    ids = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in kept], device=device)
+    lengths = torch.tensor([len(ids) - 1 for ids, _ in kept], device=device)
+    rows = (torch.arange(T, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
+    hidden = model.hidden(ids, rows)  # (N, D)
+    begins = [0, *lengths.cumsum(0).tolist()]
+    at = [begins[i] + p for i, (ids, first) in enumerate(kept) for p in range(first - 1, len(ids) - 1)]
+    targets = torch.tensor([token for ids, first in kept for token in ids[first:]], device=device, dtype=torch.long)
+    log_probs, likeliest = _predicted(model, hidden[torch.tensor(at, device=device, dtype=torch.long)], targets)
+    scores, begin = [], 0
+    for ids, first in kept:
+        end = begin + len(ids) - first
+        scores.append(Scored(log_probs[begin:end], all(likeliest[begin:end])))
+        begin = end
+    return scores
+
+
+def _predicted(model, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+    """log P of each of ``targets`` (N,) from ``hidden`` (N, D), and whether it is the likeliest token."""
+    log_probs, likeliest = [], []
+    n = max(1, _LOGITS // model.config.vocab_size)
+    for part, wanted in zip(hidden.split(n), targets.split(n), strict=True):
+        logits = model.ops.linear(part, model.wte.weight).float()
+        picked = logits.gather(1, wanted[:, None])[:, 0]
+        log_probs += (picked - logits.logsumexp(1)).tolist()
+        likeliest += (logits.argmax(1) == wanted).tolist()
+    return log_probs, likeliest
