@@ -125,6 +125,18 @@ def test_products_computed_wide_are_a_projection(dtype, poisoned_memory):
     assert torch.equal(alone, beside)
 
 
+@ANY_DTYPE
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_a_projection_of_a_few_rows_without_gradients_is_as_accurate_as_torchs(rows, dtype):
+    """As in decoding; up to 16 rows 16-bit weights are read as they are, beyond that a wide copy is made of them."""
+    x, weight, bias = (t.to(dtype) for t in (draw(0, rows, 40), draw(1, 11, 40), draw(2, 11)))
+    truth = x.double() @ weight.double().mT + bias.double()
+    with torch.no_grad():
+        ours, theirs = cpu_ops.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    ours, theirs = ((y.double() - truth).abs().max() for y in (ours, theirs))
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps * truth.abs().max()
+
+
 @BACKENDS
 def test_gradients_are_those_of_finite_differences(ops):
     def check(fn, *inputs):

@@ -31,7 +31,9 @@ def evaluate_tasks(model, tokenizer, settings, world: dist.World) -> dict:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [Path(name) for name in settings.tasks if Path(name).is_file()]
-    manager = TaskManager(include_path=sorted({str(file.parent) for file in files}) or None)
+    folders = sorted({str(file.parent) for file in files})
+    # To find the harness's own thousands of tasks takes seconds.
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(settings.tasks))
     found = lm_eval.simple_evaluate(
         model=make_model(model, tokenizer, settings.batch_size, world),
         tasks=[_task(name, manager) for name in settings.tasks],

@@ -35,8 +35,8 @@ def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device, asked_
     return None if device.type == "cpu" else f"its forms are for a CPU, and the model is on {device.type}"
 
 
-# Rows for which reading the weights takes longer than multiplying by them, as in decoding: widening a copy of the weights
-# would take several times as long as emulated arithmetic.
+# Rows for which reading the weights takes longer than multiplying by them, as in decoding: to widen a copy of the
+# weights for each product takes several times as long as emulated arithmetic.
 _FEW_ROWS = 16
 
 
