@@ -25,6 +25,8 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
         "check and measure the hosts of a job",
     ),
     "warm": ("megagpt.train.warm", "warm_main", "compile what a run needs, before its ranks start on a node"),
+    "export": ("megagpt.export.main", "export_main", "write a model as a folder for transformers"),
+    "import": ("megagpt.export.importing", "import_main", "read a model of Hugging Face's or OpenAI's"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
     "evaluate": ("megagpt.evaluate.measure", "evaluate_main", "measure a run on texts and tasks"),
 }

@@ -1,7 +1,8 @@
 """What a user names with ``--from``, opened on one process without the training engine.
 
-A run folder (its newest intact checkpoint), a checkpoint folder of any ZeRO stage, a ``.safetensors`` file, or the run
-folder of a fine-tuned model. Small files are read first, so that whatever is wrong is said before the weights are.
+A run folder (its newest intact checkpoint), a checkpoint folder of any ZeRO stage, a ``.safetensors`` file, the run
+folder of a fine-tuned model, an imported model, or a folder in Hugging Face's form. Small files are read first, so that
+whatever is wrong is said before the weights are.
 """
 
 from collections.abc import Callable
@@ -97,7 +98,11 @@ def open_source(named: str | Path, *, tokenizer: str | None = None, finetuned: b
     no weights, and for fine-tuned ones unless ``finetuned`` allows them.
     """
     from megagpt.model.config import GPTConfig
+    from megagpt.model.hf_folder import is_hf_folder, read_hf_folder
 
+    if is_hf_folder(Path(named)):
+        config, tensors = read_hf_folder(Path(named))
+        return Source(Path(named), config, tensors.all, lambda: _read_hf_tokenizer(Path(named), tokenizer))
     path = weights_path(Path(named))
     about = manifest.read_source(path) if finetuned else manifest.read_decoder_source(path)
     try:
@@ -142,7 +147,17 @@ def _read_tokenizer(named: str, tokenizer: str | None) -> "Tokenizer":
     return from_file(find_tokenizer(named, tokenizer))
 
 
+def _read_hf_tokenizer(folder: Path, tokenizer: str | None) -> "Tokenizer":
+    from megagpt.data.hf_vocabulary import hf_tokenizer
+    from megagpt.data.tokenizer import from_file
+
+    found = from_file(tokenizer) if tokenizer else hf_tokenizer(folder)
+    if found is None:
+        raise ConfigError(f"{folder} has no {_TOKENIZER}; give the one the model was trained with: --tokenizer PATH")
+    return found
+
+
 def _read_weights(path: Path) -> "dict[str, Tensor]":
-    from megagpt.train.checkpoint import read_weights
+    from megagpt.train.weights import read_weights
 
     return read_weights(path)[0]
