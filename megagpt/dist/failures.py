@@ -14,6 +14,7 @@ from megagpt.dist.gather import gather_json
 from megagpt.dist.presence import Presence
 from megagpt.dist.world import is_main
 from megagpt.errors import MegaGPTError, Stopped
+from megagpt.secrets import hide
 
 Result = TypeVar("Result")
 
@@ -65,7 +66,7 @@ def _run(fn: Callable[[], int | None], env: Mapping[str, str], on_orphan: Callab
 
 
 def _say(env: Mapping[str, str], text: str, code: int) -> int:
-    print(f"{guard.name(env)} {text}", file=sys.stderr, flush=True)
+    print(hide(f"{guard.name(env)} {text}", env), file=sys.stderr, flush=True)
     return code
 
 
@@ -117,7 +118,7 @@ def _show(error: MegaGPTError, env: Mapping[str, str], presence: Presence) -> No
             return
         prefix = f"{guard.name(env)}: "
     sys.stdout.flush()
-    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    print(hide(f"{prefix}error: {error}", env), file=sys.stderr, flush=True)
 
 
 def _leader_is_gone(presence: Presence, env: Mapping[str, str]) -> bool:

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from megagpt.dist.environment import for_ranks
 from megagpt.dist.guard import LOST
 from megagpt.dist.presence import LAUNCHER_PID
 from megagpt.errors import ConfigError, nearest
@@ -127,7 +128,7 @@ class Ranks:
     def _env(self, rank: int) -> dict[str, str]:
         size = str(len(self._devices))
         env = {
-            **os.environ,
+            **for_ranks(),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": size,

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megagpt.errors import StorageError
+from megagpt.secrets import hide, without_secrets
 from megagpt.train import metrics, restarts
 from megagpt.train.manifest import write_atomically
 from megagpt.train.plots import plot_losses
@@ -43,7 +44,8 @@ def write_run(
     earlier = read_run(run_dir).get("starts")
     starts = [*earlier, start] if start_step and isinstance(earlier, list) else [start]
     body = {**description, "versions": versions(), "device": device_names(), "starts": starts}
-    _write(run_dir / RUN, json.dumps(body, indent=1, default=str) + "\n")
+    plain = json.loads(json.dumps(body, default=str))
+    _write(run_dir / RUN, hide(json.dumps(without_secrets(plain), indent=1)) + "\n")
     if tokenizer is not None and tokenizer.exists():
         _write(run_dir / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
 
