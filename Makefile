@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos corruption lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos corruption fuzz lint bench gpu clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
@@ -21,8 +21,9 @@ help:
 	@echo "make slurm-soak   every way in which Slurm stops a job, in ten minutes"
 	@echo "make chaos N=50   kill small runs 50 times and compare what comes out, bit for bit"
 	@echo "make corruption N=20000   damage checkpoints 20,000 times and see that it is found"
+	@echo "make fuzz N=20000   20,000 random inputs to each reader of strangers' files: a right result or an error in a line"
 	@echo "make lint         check style"
-	@echo "make bench        measure data preparation, training, fine-tuning, checkpoints and generation on this CPU"
+	@echo "make bench        measure data preparation, training, fine-tuning and checkpoints on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
 
@@ -63,6 +64,9 @@ chaos: install
 corruption: install
 	PYTHONPATH=. $(BIN)/python tests/corruption.py --count $(or $(N),20000)
 
+fuzz: install
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(or $(N),20000)
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -71,7 +75,6 @@ bench: install
 	$(BIN)/python kernels/benchmarks/cpu_train.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_finetune.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_checkpoint.py --output build/bench
-	$(BIN)/python kernels/benchmarks/cpu_generate.py --output build/bench
 
 # Uses PYTHON where that has a torch that sees the GPU, else the virtual environment.
 gpu:

@@ -5,9 +5,16 @@ A message gives what was found, what was needed and the way out. ``assert`` is f
 
 
 class MegaGPTError(Exception):
-    """Base of every error whose message is meant for the user; it is shown without a traceback."""
+    """Base of every error whose message is meant for the user; it is shown without a traceback.
+
+    It is one line, and what a stranger's file put into it cannot speak to the terminal: characters that are not
+    printable stand there as escapes.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class ConfigError(MegaGPTError):

@@ -74,7 +74,7 @@ def _parse(text: str, name: str) -> object:
         return hjson.loads(text, object_pairs_hook=_unique)
     except _Refused as error:
         raise ConfigError(f"{name}: {error}") from None
-    except (ValueError, RecursionError, IndexError):
+    except (ValueError, OverflowError, RecursionError, IndexError):
         raise ConfigError(f"{reason}; it is neither JSON nor HJSON") from None
 
 

@@ -22,7 +22,8 @@ def race(path: Path) -> Part:
 
 def _race_questions(row: Row, _: int) -> list[Draft]:
     article, name = readers.text(row, "article"), readers.text(row, "id")
-    questions, options, answers = (_list(row, key) for key in ("questions", "options", "answers"))
+    questions, answers = _texts(row, "questions"), _texts(row, "answers")
+    options = [_all_texts(choices, "options") for choices in _list(row, "options")]
     if not len(questions) == len(options) == len(answers):
         raise BadRow("questions, options and answers differ in number")
     items = zip(questions, options, answers, strict=True)
@@ -79,7 +80,7 @@ def pronouns(path: Path) -> Part:
 
     def item(row: Row, index: int) -> Draft:
         sentence, pronoun = readers.text(row, "text"), readers.text(row, "pronoun")
-        candidates = tuple(name.strip() for name in _list(row, "candidates"))
+        candidates = tuple(name.strip() for name in _texts(row, "candidates"))
         before, after = _around(sentence, pronoun, candidates)
         choices = tuple(_in_place(name, pronoun, before) + after for name in candidates)
         label = readers.text(row, "label") if "label" in row.values else None
@@ -192,9 +193,11 @@ def hallmarks(key: str) -> Callable[[Path], Part]:
 
     def read(path: Path) -> Part:
         def abstract(row: Row, index: int) -> Draft:
-            found = _list(row, key)
-            labels = found if key == "labels" else sorted({label for of_sentence in found for label in of_sentence})
-            text = readers.check_text(" ".join(_list(row, "sentences")), "sentences")
+            if key == "labels":
+                labels = _texts(row, key)
+            else:
+                labels = sorted({label for found in _list(row, key) for label in _all_texts(found, key)})
+            text = readers.check_text(" ".join(_texts(row, "sentences")), "sentences")
             return Draft(str(row.values.get("pmid", index)), (text,), tuple(labels), place=row.place)
 
         return part_of(readers.read(path, wanted=("sentences", key)), abstract)
@@ -209,6 +212,18 @@ def _list(row: Row, key: str) -> list:
     return value
 
 
+def _texts(row: Row, key: str) -> list[str]:
+    return _all_texts(_list(row, key), key)
+
+
+def _all_texts(values: object, key: str) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadRow(f"{key} is no list of texts")
+    for value in values:
+        readers.check_text(value, key)
+    return values
+
+
 def _objects(path: Path) -> Rows:
     """The JSON objects of a file of JSON lines, or of all files *.txt in a folder."""
     if not path.is_dir():
@@ -217,7 +232,7 @@ def _objects(path: Path) -> Rows:
     for file in sorted(path.glob("*.txt")):
         try:
             found.rows.append(Row(f"{file}:1", dict(json.loads(readers.content(str(file))))))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             found.bad.append(f"{file}:1: not a JSON object")
     if not found.rows and not found.bad:
         raise DataError(f"{path} has no files *.txt; give the folder as it was published")

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megagpt.finetune.examples import Example, TaskData
+from megagpt.finetune.examples import KINDS, Example, TaskData
+from megagpt.finetune.heads import HEADS
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,15 @@ class TaskSpec:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TaskSpec":
-        """The inverse of :meth:`to_dict`, also after JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        """The inverse of :meth:`to_dict`, also after JSON.
+
+        Raises ValueError or TypeError for values that no spec has.
+        """
+        spec = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        wrong = [name for name, fits in _FITS.items() if not fits(getattr(spec, name))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {str(getattr(spec, wrong[0]))[:80]!r}")
+        return spec
 
     def targets(self, examples: Sequence[Example]) -> np.ndarray | None:
         """What the loss compares with, or None where an example has no label.
@@ -75,6 +83,38 @@ class TaskSpec:
         if self.ordinal:
             return soft_classes(np.array(labels, dtype=np.float64), self.n_outputs)
         return np.array(labels, dtype=np.int64)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _length(value: object) -> bool:
+    return value is None or (type(value) is int and value >= 1)
+
+
+_MOST_OUTPUTS = 1_000_000
+_FITS = {  # what each field of a spec from a file may hold
+    "task": lambda value: isinstance(value, str),
+    "kind": lambda value: isinstance(value, str) and value in KINDS,
+    "labels": _texts,
+    "n_outputs": lambda value: type(value) is int and 1 <= value <= _MOST_OUTPUTS,
+    "head": lambda value: isinstance(value, str) and value in HEADS,
+    "head_dropout": lambda value: _finite(value) and 0 <= value < 1,
+    "ordinal": lambda value: isinstance(value, bool),
+    "parents": lambda value: isinstance(value, tuple) and all(p is None or type(p) is int for p in value),
+    "shift": _finite,
+    "scale": lambda value: _finite(value) and value != 0,
+    "text_columns": _texts,
+    "choice_columns": _texts,
+    "clean": lambda value: isinstance(value, str),
+    "context": _length,
+    "document_tokens": _length,
+}
 
 
 def soft_classes(values: np.ndarray, K: int) -> np.ndarray:

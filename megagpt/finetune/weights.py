@@ -5,7 +5,7 @@ Rank 0 holds them, on the CPU. Names are those of :class:`megagpt.finetune.model
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
-from megagpt.errors import CheckpointError, StorageError
+from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.finetune.model import Classifier
 from megagpt.finetune.plan import FinetunePlan
 from megagpt.finetune.spec import TaskSpec
 from megagpt.model.config import GPTConfig
 from megagpt.ops import Ops, load_ops
+from megagpt.train import checkpoint, manifest
 from megagpt.train import engine as deepspeed_engine
-from megagpt.train import manifest
 from megagpt.train.seeds import seed_all
-from megagpt.train.weights import read_weights
 
 MODEL = "model.safetensors"  # of a run folder: the best weights
 
@@ -38,7 +37,7 @@ def initial(plan: FinetunePlan) -> Weights:
     taken = [name for name in weights if _is_transferred(name, plan.n_transfer, plan.model.n_layer)]
     if not taken:
         return weights
-    source, _ = read_weights(Path(plan.settings.init_from))
+    source, _ = checkpoint.read_weights(Path(plan.settings.init_from))
     for name in taken:
         _take(weights[name], name, source, plan)
     return weights
@@ -151,10 +150,38 @@ def load(path: Path, device: torch.device | str) -> tuple[Classifier, str]:
         about = file.metadata() or {}
     if "task" not in about:
         raise CheckpointError(f"{path} is not a fine-tuned model; give the run folder of finetune.py")
-    config = GPTConfig.from_dict(json.loads(about["config"]))
-    spec = TaskSpec.from_dict(json.loads(about["task"]))
+    spec, config, sha256 = described(about, path, n_bytes=path.stat().st_size)
     ops: Ops = load_ops("auto", head_width=config.head_width, dtype=torch.float32, device=torch.device(device))
     with torch.device("meta"):
         model = Classifier(config, spec, ops)
-    model.load_state_dict(read(path), assign=True)
-    return model.to(device).eval(), about["tokenizer_sha256"]
+    try:
+        model.load_state_dict(read(path), assign=True)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[-1].strip()[:300]
+        raise CheckpointError(f"{path} does not hold the weights of the model it describes: {fault}") from None
+    return model.to(device).eval(), sha256
+
+
+def described(about: Mapping[str, str], path: Path, *, n_bytes: int) -> tuple[TaskSpec, GPTConfig, str]:
+    """What the metadata of a fine-tuned model's file of ``n_bytes`` say: task, decoder and SHA-256 of the tokenizer.
+
+    Raises CheckpointError where they say nothing that can be: a few words must not ask for endless memory.
+    """
+    try:
+        config = GPTConfig.from_dict(_object(about["config"]))
+        spec = TaskSpec.from_dict(_object(about["task"]))
+        sha256 = about["tokenizer_sha256"]
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+        fault = f"no {error}" if isinstance(error, KeyError) else (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} does not say what its weights are of ({fault[:300]}); give the run folder of finetune.py"
+        ) from None
+    manifest.check_size(config.n_params(), path, n_bytes)
+    return spec, config, sha256
+
+
+def _object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("its description is no JSON object")
+    return value

@@ -6,7 +6,12 @@ from megagpt.errors import ConfigError, nearest
 
 _CHOICES = {"norm": ("pre", "post"), "embd_dropout_mode": ("sum", "matrix"), "backbone": ("transformer", "lstm")}
 _SIZES = ("vocab_size", "seq_len", "n_layer", "n_head", "d_model", "d_ff")
+_LARGEST = 2**31 - 1
 _RATES = ("embd_dropout", "attn_dropout", "resid_dropout")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -32,25 +37,26 @@ class GPTConfig:
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0: none, 1: all
 
     def __post_init__(self) -> None:
-        if self.d_ff is None:
+        if self.d_ff is None and type(self.d_model) is int:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+            if type(value) is not int or not 1 <= value <= _LARGEST:
+                below = " and below 2^31" if type(value) is int and value > 1 else ""
+                raise ConfigError(f"{name}={str(value)[:80]} must be a whole number of at least 1{below}")
         if self.d_model % self.n_head:
             raise ConfigError(
                 f"d_model={self.d_model} must be a multiple of n_head={self.n_head}: heads share it evenly"
             )
         for name in _RATES:
-            if not 0.0 <= getattr(self, name) < 1.0:
+            if not (_is_number(getattr(self, name)) and 0.0 <= getattr(self, name) < 1.0):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
-        if self.layer_norm_eps <= 0:
+        if not (_is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1e30):
             raise ConfigError(f"layer_norm_eps={self.layer_norm_eps} must be above 0")
-        if self.activation_checkpointing < 0:
+        if type(self.activation_checkpointing) is not int or self.activation_checkpointing < 0:
             raise ConfigError(
                 f"activation_checkpointing={self.activation_checkpointing} must be 0 (off) or k: every k-th block"
             )

@@ -139,11 +139,14 @@ def _source(settings: TrainSettings) -> manifest.Source | None:
     """What the weights of --init_from are of."""
     if settings.init_from is None:
         return None
-    source = manifest.read_decoder_source(Path(settings.init_from))
+    path = Path(settings.init_from)
+    source = manifest.read_decoder_source(path)
     try:
-        GPTConfig.from_dict(source.model)
+        n_params = GPTConfig.from_dict(source.model).n_params()
     except ConfigError as error:
         raise CheckpointError(f"{settings.init_from} does not say which model its weights are of: {error}") from None
+    if path.suffix == ".safetensors":
+        manifest.check_size(n_params, path, path.stat().st_size)
     return source
 
 
