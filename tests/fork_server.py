@@ -22,14 +22,22 @@ context.set_forkserver_preload(
     [
         "torch",
         "deepspeed",
+        "megagpt.train.main",
         "megagpt.train.run",
+        "megagpt.finetune.main",
         "megagpt.finetune.driver",
         "torch._dynamo",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.comm.mori",
+        "deepspeed.module_inject.auto_ep_layer",
+        "encodings.idna",
         "matplotlib.pyplot",
+        "matplotlib.backends.backend_agg",
         "torch.utils.tensorboard",
         "sklearn.metrics",
         "scipy.stats",
+        "tyro",
+        "tests.fork_warm",
     ]
 )
 
