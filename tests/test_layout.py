@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "train": {"secrets", "model", "data", "ops", "config", "dist", "evaluate.perplexity"},
     "evaluate": {"model", "data", "ops", "config", "dist", "train.checkpoint", "train.manifest"},
     "tools": {"model", "data", "ops", "config", "dist"},
+    "tools.doctor_packages": {"tools", "model", "ops", "config", "train.engine"},  # which asks DeepSpeed
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.source"},
     "cli": {"dist"},
     "__main__": {"cli"},

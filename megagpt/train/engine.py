@@ -145,6 +145,37 @@ def adam_class(device: torch.device, offloaded: bool) -> type | str:
     return DeepSpeedCPUAdam if offloaded else FusedAdam
 
 
+def buildable_operations() -> tuple[str, dict[str, str | None]]:
+    """DeepSpeed's version, and of its operations that a run may want the reason why each does not build, or None."""
+    version = import_deepspeed().__version__
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder, QuantizerBuilder
+
+    wanted = {
+        "fused_adam": FusedAdamBuilder,
+        "cpu_adam (offload)": CPUAdamBuilder,
+        "async_io (nvme)": AsyncIOBuilder,
+        "quantizer (ZeRO++)": QuantizerBuilder,
+    }
+    return version, {name: _why_not_built(builder()) for name, builder in wanted.items()}
+
+
+def _why_not_built(builder) -> str | None:
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder, installed_cuda_version
+    from torch.utils.cpp_extension import verify_ninja_availability
+
+    if builder.NAME == "deepspeed_not_implemented":
+        return "it needs a GPU"
+    try:
+        if not builder.is_compatible(verbose=False):
+            return (builder.error_log or "what it needs is not installed").strip().splitlines()[0]
+        verify_ninja_availability()
+        if isinstance(builder, CUDAOpBuilder) and torch.cuda.is_available() and builder.NAME != "async_io":
+            installed_cuda_version()
+    except Exception as error:  # each builder raises what it likes
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
 def check_async_io(config: ResolvedConfig) -> None:
     """Raise ConfigError where offload to NVMe is asked for and DeepSpeed's asynchronous I/O cannot be built."""
     if "nvme" not in (config.offload_optimizer, config.offload_param):
