@@ -34,7 +34,7 @@ class _PretrainFlags(NeededFlags):
     attn_dropout: float | None = None  # dropout on attention weights
     resid_dropout: float | None = None  # dropout before each residual sum
     embd_dropout_mode: Literal["sum", "matrix"] | None = None  # drop of the summed embeddings, or of the tables (GPT-1)
-    init_from: str | None = None  # start from the weights of a run folder, a checkpoint or a .safetensors file
+    init_from: str | None = None  # start from the weights of a run, a checkpoint, a .safetensors file or an import
 
     # the data
     valid_data: tuple[str, ...] = ()  # validation sets, NAME=PREFIX each

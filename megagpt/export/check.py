@@ -73,7 +73,8 @@ def compare(
         with _quiet(transformers):
             theirs = _load(transformers, folder, auto_class)
             found = [theirs(input_ids=torch.tensor([ids])).logits[0] for ids in chosen]
-    difference = max((a - b).abs().max().item() for a, b in zip(expected, found, strict=True))
+    differences = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
+    difference = torch.stack(differences).max().item()  # not Python's max, which may pass over a nan
     if not difference <= TOLERANCE:
         raise CheckpointError(
             f"the logits of the exported model differ by up to {difference:.1e} from this one's in transformers "
@@ -88,7 +89,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, *, task_tokens: tuple[in
         import transformers
     except ImportError:
         return
-    with _quiet(transformers):
+    with _quiet(transformers), _load_errors(transformers):
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         found = theirs(TEXT, verbose=False)["input_ids"]
     ids = tokenizer.encode(TEXT)
@@ -100,19 +101,25 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, *, task_tokens: tuple[in
 
 
 def _load(transformers, folder: Path, auto_class: str):
-    try:
+    with _load_errors(transformers):
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"transformers {transformers.__version__} does not load the exported folder: {reason}"
-        ) from error
     amiss = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if amiss:
         raise CheckpointError(f"transformers {transformers.__version__} finds these weights amiss: {str(amiss)[:300]}")
     return model.eval()
+
+
+@contextlib.contextmanager
+def _load_errors(transformers):
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not load the exported folder: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ REST = "rest"
 class _TaskFlags(NeededFlags):
     """What only ``finetune.py`` knows."""
 
-    init_from: str  # the pre-trained model: a run folder, a checkpoint or a .safetensors file
+    init_from: str  # the pre-trained model: a run folder, a checkpoint, a .safetensors file or an imported folder
     tokenizer: str | None = None  # the pre-trained model's tokenizer.json; the one in its run folder by default
 
     # the task: a published one ...
