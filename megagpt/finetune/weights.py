@@ -19,9 +19,10 @@ from megagpt.finetune.plan import FinetunePlan
 from megagpt.finetune.spec import TaskSpec
 from megagpt.model.config import GPTConfig
 from megagpt.ops import Ops, load_ops
-from megagpt.train import checkpoint, manifest
 from megagpt.train import engine as deepspeed_engine
+from megagpt.train import manifest
 from megagpt.train.seeds import seed_all
+from megagpt.train.weights import read_weights
 
 MODEL = "model.safetensors"  # of a run folder: the best weights
 
@@ -37,7 +38,7 @@ def initial(plan: FinetunePlan) -> Weights:
     taken = [name for name in weights if _is_transferred(name, plan.n_transfer, plan.model.n_layer)]
     if not taken:
         return weights
-    source, _ = checkpoint.read_weights(Path(plan.settings.init_from))
+    source, _ = read_weights(Path(plan.settings.init_from))
     for name in taken:
         _take(weights[name], name, source, plan)
     return weights

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megagpt.errors import CheckpointError
+from megagpt.model.tensors import open_safetensors
 from megagpt.train import faults
 
 FOLDER = "checkpoints"  # inside the run folder
 MANIFEST = "manifest.json"
 STATE = "megagpt_state.json"  # step, samples, model, data: what a checkpoint holds beside tensors
 LATEST = "latest"
+WEIGHTS = "model.safetensors"  # of a fine-tuned run, and of an imported model
+FOREIGN = "config.json"  # beside it where it is in Hugging Face's form
 FORMAT = 2  # 1 had no hash of the manifest itself
 _MOST_BYTES = 1 << 26  # of a manifest: more was not written by us
 _TAG = re.compile(r"^global_step(0|[1-9][0-9]{0,17})$")
@@ -55,6 +58,18 @@ def root_of(path: Path) -> Path:
     return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
+def weights_path(path: Path) -> Path:
+    """Where the weights of ``path`` are: the model.safetensors of a folder without checkpoints, otherwise ``path``."""
+    if not (path / WEIGHTS).is_file() or folders(root_of(path)):
+        return path
+    if (path / FOREIGN).is_file():
+        raise CheckpointError(
+            f"{path} is a model in Hugging Face's form; make it one of MegaGPT's first: "
+            f"megagpt import --from {path} --to FOLDER"
+        )
+    return path / WEIGHTS
+
+
 def nothing_there(path: Path) -> CheckpointError:
     """The error of a path in which a checkpoint was looked for in vain."""
     fault = "holds no checkpoint" if path.exists() else "does not exist"
@@ -72,10 +87,11 @@ class Source(NamedTuple):
 
 
 def read_source(path: Path) -> Source:
-    """What the weights of ``path`` are of: a run folder, a checkpoint or a .safetensors file.
+    """What the weights of ``path`` are of: a run folder, a checkpoint, a .safetensors file or a folder with one.
 
     Only small files are read. Raises CheckpointError when there are none.
     """
+    path = weights_path(path)
     if path.suffix == ".safetensors":
         with open_safetensors(path, framework="np") as file:
             about = file.metadata() or {}
@@ -106,18 +122,6 @@ def read_decoder_source(path: Path) -> Source:
     return source
 
 
-@contextlib.contextmanager
-def open_safetensors(path: Path, *, framework: str):
-    """The open file. Raises CheckpointError for one that is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework=framework) as file:
-            yield file
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read weights from {path}: {error}") from None
-
-
 @dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint: its path inside the folder, its size in bytes and its SHA-256 in hex."""
@@ -145,6 +149,15 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that they are there after a loss of power too."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # a parent that may be entered and not read
+            fsync(folder.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -180,7 +193,8 @@ def publish(tmp: Path, final: Path) -> None:
 
     What already has the name is a damaged checkpoint of this very step: the good one takes its place.
     """
-    fsync(tmp)
+    for folder in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
+        fsync(folder)
     faults.point("manifest_synced")
     old = final.with_name(f".tmp-old-{final.name}")
     remove(old)
