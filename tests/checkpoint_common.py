@@ -56,6 +56,55 @@ def resume(run_dir: Path, *more, ranks=2, env=None, **changes) -> tuple[int, str
     return codes[0], output
 
 
+def several_runs(cases):
+    """Runs of ``train.py`` that share a process group; in each the loss of some samples is multiplied by a factor.
+
+    ``cases`` is {name: (argv, samples, factor)}. Each micro-batch and how the run ends is printed.
+    """
+    import os
+
+    from test_train_fp16 import let_fp16_through
+
+    from megagpt import dist
+    from megagpt.config import deepspeed
+    from megagpt.config.fields import parse
+    from megagpt.errors import MegaGPTError
+    from megagpt.train import engine, run
+    from megagpt.train.batches import MicroBatches, without
+    from megagpt.train.folder import locked
+    from megagpt.train.plan import make_plan
+
+    fetch = MicroBatches._fetch
+
+    def noting(self, indices):
+        batch = fetch(self, indices)
+        batch.samples = without(self._left_out, indices).tolist()
+        return batch
+
+    MicroBatches._fetch = noting
+    let_fp16_through()
+    world = dist.resolve_world(os.environ)
+    dist.export(world)
+    device = engine.device_of(world)
+    engine.start_distributed(5)
+    for name, (argv, samples, factor) in cases.items():
+        settings = parse(argv)
+        plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
+        try:
+            with locked(plan.run_dir), run.opened(plan, world, device) as loop:
+                forward = loop.forward
+
+                def spoilt(model, batch, forward=forward, loop=loop, name=name, samples=samples, factor=factor):
+                    print(f"{name} step {loop.state.step + 1} samples {batch.samples}")
+                    return forward(model, batch) * (factor if set(batch.samples) & set(samples) else 1.0)
+
+                loop.forward = spoilt
+                loop.run()
+                print(f"{name} is done")
+        except MegaGPTError as error:
+            print(f"{name} ends with {error.exit_code}: {error}")
+
+
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -73,7 +122,7 @@ def tensors(folder: Path) -> dict:
     """Every tensor of every shard of a checkpoint, by file and place."""
     import torch
 
-    from megagpt.train.checkpoint import allow_checkpoint_classes
+    from megagpt.train.safe import allow_checkpoint_classes
 
     found = {}
 

@@ -150,13 +150,22 @@ def _poison(run_dir, pattern, marker) -> None:
     manifest.write(folder(run_dir, 4), content)
 
 
-@pytest.mark.parametrize("pattern", ["mp_rank_00_model_states.pt", "*_optim_states.pt", "rng_rank_*.pt"])
-def test_code_in_the_place_of_tensors_is_refused_on_every_rank(run_dir, tmp_path, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "ranks"),
+    [
+        ("mp_rank_00_model_states.pt", 2),
+        ("zero_pp_rank_1_*_optim_states.pt", 2),  # of one rank, whose peer would go on alone
+        ("rng_rank_1.pt", 2),
+        ("*_optim_states.pt", 1),  # cut anew for another number of ranks
+    ],
+)
+def test_code_in_the_place_of_tensors_is_refused_on_every_rank(run_dir, tmp_path, pattern, ranks):
     _poison(run_dir, pattern, tmp_path / "code_ran")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(next(folder(run_dir, 4).glob(pattern)), weights_only=True)
-    code, output = resume(run_dir)
+    code, output = resume(run_dir, ranks=ranks)
     assert code == 3, output
+    assert output.count("error:") == 1
     assert "holds something other than tensors and plain values and was refused" in output
     assert "Traceback" not in output
     assert not (tmp_path / "code_ran").exists()

@@ -1,14 +1,16 @@
 """What the engine is told about this machine, and what it does when another rank falls silent."""
 
+import os
 import signal
 
 import fork_server
 import pytest
+import torch
 from checkpoint_common import arguments
 
 from megagpt.dist import World
 from megagpt.errors import ConfigError
-from megagpt.train.engine import gpu_index
+from megagpt.train.engine import gpu_index, make_deterministic
 
 
 def rank_of_eight(local_rank: int, launcher: str = "torch") -> World:
@@ -55,3 +57,18 @@ def test_a_silent_peer_ends_the_wait_after_the_time_the_flag_gives(tmp_path, sta
         job.processes[0].join(60)
         assert job.processes[0].exitcode == 5
         assert "another rank has not answered in time" in job.output(0)
+
+
+def test_deterministic_makes_torch_refuse_what_has_no_such_form(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

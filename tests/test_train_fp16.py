@@ -14,17 +14,23 @@ from megagpt.train import manifest
 STAGES = [0, 1, 2, 3]
 
 
-def _train_in_fp16(argv):
+def let_fp16_through():
+    """From here on this process trains in fp16 on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
     from megagpt.config import deepspeed as ds
-    from megagpt.train.main import main
 
     accelerator = type(get_accelerator())
     accelerator.is_fp16_supported = lambda self: True
     supported = accelerator.supported_dtypes
     accelerator.supported_dtypes = lambda self: [*supported(self), __import__("torch").float16]
     ds.check_hardware = lambda *arguments: None
+
+
+def _train_in_fp16(argv):
+    from megagpt.train.main import main
+
+    let_fp16_through()
     return main(argv)
 
 
@@ -55,6 +61,7 @@ def test_steps_that_overflow_lower_the_scale_and_leave_the_schedule_where_it_was
     assert [r["grad_norm"] for r in records[:n]] == [None] * n
     # What is shown is the norm of the gradients, not of the scaled ones, which are over ten thousand times larger.
     assert 0.01 < records[n]["grad_norm"] < 100
+    assert {r["nan_steps"] for r in records} == {0}
 
 
 @functools.cache

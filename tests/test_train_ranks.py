@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoint_common import arguments, curve
-from distributed import train
+from checkpoint_common import arguments, curve, several_runs
+from distributed import run_ranks, train
 
 from megagpt.errors import StorageError
 from megagpt.train import checkpoint, reshard
@@ -52,6 +52,30 @@ def test_two_ranks_then_one_then_two_compute_what_two_ranks_would_have(tmp_path,
     assert max(differences) <= LARGEST[precision], differences
     assert abs(losses(whole)[-1] - losses(whole)[2]) > 5 * LARGEST[precision], "too little is learnt to tell"
     assert not list((changed / "checkpoints").glob(".*")), "what the conversion wrote is gone"
+
+
+def test_two_ranks_then_four_compute_what_two_would_have(tmp_path):
+    """ZeRO-1, 2 and 3, one after the other in one process group, with parameters that decay and that do not."""
+
+    def case(name, stage):
+        flags = {"dropout": 0, "keep_last": 9, "save_interval": 3, "kernels": "torch", "lr": 1e-2, "max_steps": 6}
+        flags |= {"schedule": "warmup_constant", "global_batch_size": 8, "weight_decay": 0.1}
+        return [str(word) for word in arguments(tmp_path / name, stage=stage, **flags)], [], 1.0
+
+    stages = (1, 2, 3)
+    run_ranks(several_runs, 2, {f"whole{stage}": case(f"whole{stage}", stage) for stage in stages})
+    for stage in stages:
+        shutil.copytree(tmp_path / f"whole{stage}", tmp_path / f"more{stage}")
+        shutil.rmtree(tmp_path / f"more{stage}" / "checkpoints" / "global_step6")
+    results = run_ranks(several_runs, 4, {f"more{stage}": case(f"more{stage}", stage) for stage in stages})
+    assert results[0][1].count("ranks: 2 then, 4 now; global_step3 is cut anew") == 3
+    for stage in stages:
+        whole, more = curve(tmp_path / f"whole{stage}"), curve(tmp_path / f"more{stage}")
+        assert len(whole[0]["lr"]) == 2
+        assert [r["samples"] for r in more] == [r["samples"] for r in whole]
+        differences = [abs(a["loss"] - b["loss"]) for a, b in zip(more, whole, strict=True)]
+        assert max(differences) <= LARGEST["fp32"], differences
+        assert differences[:3] == [0.0] * 3
 
 
 def test_zero_1_goes_on_as_zero_2(tmp_path):

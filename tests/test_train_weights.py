@@ -10,7 +10,7 @@ from distributed import run_ranks
 from safetensors.torch import save_file
 
 from megagpt.errors import CheckpointError
-from megagpt.train import checkpoint
+from megagpt.train import safe
 from megagpt.train.weights import read_weights
 
 
@@ -19,7 +19,7 @@ def differences_from_deepspeed(run):
     from megagpt.train.engine import import_deepspeed
 
     import_deepspeed()
-    checkpoint.allow_checkpoint_classes()
+    safe.allow_checkpoint_classes()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(run / "checkpoints"), tag="global_step2")

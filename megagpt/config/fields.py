@@ -60,6 +60,9 @@ class _PretrainFlags(NeededFlags):
 class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
     """Pre-train a GPT: deepspeed train.py --ds_config ds_configs/cpu.json --data PREFIX --run_dir runs/NAME"""
 
+    on_nan: Literal["skip", "rewind", "stop"] = "skip"  # skip an update that is not finite, go back before it, or stop
+    rewind_limit: int = 5  # how often a run may go back to a checkpoint
+
     def __post_init__(self) -> None:
         problems = [*self._number_problems(), *self._text_problems()]
         if problems:
@@ -110,7 +113,7 @@ _RANGES = {
     **shared.RANGES,
     **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size"), (1, MOST, False)),
     **dict.fromkeys(("max_steps", "max_tokens", "eval_steps"), (1, MOST, False)),
-    **dict.fromkeys(("warmup_steps", "eval_interval"), (0, MOST, False)),
+    **dict.fromkeys(("warmup_steps", "eval_interval", "rewind_limit"), (0, MOST, False)),
     **dict.fromkeys(("dropout", "embd_dropout", "attn_dropout", "resid_dropout"), (0.0, BELOW_ONE, False)),
     **dict.fromkeys(("lr", "epochs"), (0.0, MOST_FLOAT, True)),
     "min_lr": (0.0, MOST_FLOAT, False),

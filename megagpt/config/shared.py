@@ -54,6 +54,7 @@ class RunFlags:
     save_interval: int = 1000  # steps between checkpoints; 0 only at the end
     keep_last: int = 3  # checkpoints kept beside the best one; never fewer than two, for one may turn out damaged
     seed: int = 1234  # of new weights, the order of the data and dropout
+    deterministic: bool = False  # the same bits in every run on the same machines; slower on a GPU
     resume: str = "auto"  # auto: continue the run folder's run; never: refuse one; or the PATH of a checkpoint
     mirror: str | None = None  # a second folder to which each checkpoint is copied in the background
     async_save: bool = False  # write checkpoints in the background, from a copy in memory
@@ -62,6 +63,8 @@ class RunFlags:
     rendezvous_timeout: float = 120.0  # seconds in which all ranks have to come to the meeting point
     hang_timeout: float | None = None  # seconds without progress that end the run; 540, and 1800 in setup and saves
     compare_ranks_interval: int = 1000  # steps between checks that all ranks hold the same model; 0 never
+    on_nan: Literal["skip", "stop"] = "skip"  # an update that is not finite: skip it, or stop at the first
+    spike_factor: float | None = None  # treat a loss above so many times its running mean as not finite
     restart_limit: int | None = None  # starts from one step without a new checkpoint; 3 for requeued jobs, 0 any number
     exit_duration_in_mins: float | None = None  # save and stop this long after the start, with exit code 75
     exit_signal: str | None = None  # a signal beside USR1 and TERM on which the run saves and stops: USR2, HUP, ...
@@ -76,6 +79,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("save_interval", "seed", "activation_checkpointing"), (0, MOST, False)),
     **dict.fromkeys(("compare_ranks_interval", "restart_limit"), (0, MOST, False)),
     "betas": (0.0, BELOW_ONE, False),
+    "spike_factor": (1.0, MOST_FLOAT, True),
     "weight_decay": (0.0, MOST_FLOAT, False),
     **dict.fromkeys(("eps", "distributed_timeout_minutes", "rendezvous_timeout"), (0.0, MOST_FLOAT, True)),
     **dict.fromkeys(("exit_duration_in_mins", "hang_timeout"), (0.0, MOST_FLOAT, True)),

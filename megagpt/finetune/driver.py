@@ -39,6 +39,8 @@ def start(plan: FinetunePlan, world: dist.World, stop: StopRequests | None = Non
     Raises ConfigError before anything of a run is written, or Stopped.
     """
     stop = stop or StopRequests()
+    if plan.settings.deterministic:
+        deepspeed_engine.make_deterministic()
     device = deepspeed_engine.device_of(world)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     ds.check_hardware(plan.config, device.type, capability)
@@ -180,7 +182,7 @@ class Run:
         return Loop(
             engine,
             config,
-            batches=batches,
+            make_batches=lambda _: batches,
             plan=cut,
             schedule=phase.schedule(),
             base_rates=rates,
@@ -209,6 +211,8 @@ class Run:
             stop=self.stop,
             mirror=self.mirror,
             async_save=plan.settings.async_save,
+            on_nan=plan.settings.on_nan,
+            spike_factor=plan.settings.spike_factor,
         )
 
     def _peak_flops(self) -> float | None:

@@ -32,14 +32,36 @@ class BatchPlan:
         return np.arange(start, start + self.micro_batch, dtype=np.int64)
 
 
+def without(left_out: list[list[int]], indices: np.ndarray) -> np.ndarray:
+    """The samples that have the numbers ``indices`` (int64, any shape) when those ``left_out`` are not counted.
+
+    With [4, 8) left out the samples 3, 4, 5 are 3, 8, 9.
+    """
+    for first, end in left_out:
+        indices = np.where(indices >= first, indices + (end - first), indices)
+    return indices
+
+
+def ranges(samples: np.ndarray) -> list[list[int]]:
+    """Ascending numbers as ranges [first, end)."""
+    if not len(samples):
+        return []
+    cuts = np.flatnonzero(np.diff(samples) != 1) + 1
+    return [[int(part[0]), int(part[-1]) + 1] for part in np.split(samples, cuts)]
+
+
 class MicroBatches:
     """Endless micro-batches from sample ``first`` on, each int64 (micro_batch, T + 1) on ``device``.
 
-    ``wait_s`` adds up the seconds the caller waited for data.
+    Samples ``left_out``, ranges [first, end) in their order, are not counted. ``wait_s`` adds up the seconds the caller
+    waited for data.
     """
 
-    def __init__(self, windows, plan: BatchPlan, first: int, device: torch.device) -> None:
+    def __init__(
+        self, windows, plan: BatchPlan, first: int, device: torch.device, left_out: list[list[int]] = ()
+    ) -> None:
         self._windows = windows
+        self._left_out = left_out
         self._plan = plan
         self._device = device
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
@@ -57,7 +79,7 @@ class MicroBatches:
         return self._pool.submit(self._fetch, next(self._order))
 
     def _fetch(self, indices: np.ndarray) -> Tensor:
-        batch = torch.from_numpy(self._windows.batch(indices))
+        batch = torch.from_numpy(self._windows.batch(without(self._left_out, indices)))
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def next(self) -> Tensor:

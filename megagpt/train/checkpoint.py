@@ -8,7 +8,6 @@ killed anywhere in between leaves the older checkpoints as they were.
 import contextlib
 import copy
 import json
-import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +18,8 @@ import torch
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.errors import CheckpointError, ConfigError, StorageError
-from megagpt.train import faults, manifest, reshard, weights
+from megagpt.train import faults, manifest, reshard
+from megagpt.train.safe import refuse_code_everywhere
 from megagpt.train.seeds import rng_state, seed_all, set_rng_state
 from megagpt.train.writer import Writer
 
@@ -33,6 +33,9 @@ class TrainState:
     tokens: int = 0
     best_loss: float | None = None  # lowest validation loss among the saved checkpoints
     best_step: int | None = None
+    nan_steps: int = 0  # updates skipped for what is not finite or leapt; fp16's search for its scale is not among them
+    typical_loss: float | None = None  # running mean, where spikes are looked for
+    rewinds: list = field(default_factory=list)  # see megagpt.train.rewind
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
 
@@ -190,6 +193,7 @@ def _commit(tmp, final, entries, state: TrainState, config: ResolvedConfig, worl
         "world_size": world_size,
         "zero_stage": config.zero_stage,
         "precision": config.precision,
+        "config_sha256": manifest.config_hash(config.config, state.model),
         "batch": [config.micro_batch, config.accumulation, config.global_batch],
         "model": state.model,
         "data": state.data,
@@ -246,36 +250,33 @@ def load(engine, folder: Path, config: ResolvedConfig, *, seed: int) -> TrainSta
     """
     state = read_state(folder)
     cut_anew = manifest.read(folder)["world_size"] != config.world_size
-    allow_checkpoint_classes()
-    try:
-        if cut_anew and config.zero_stage > 0:
-            dist.everywhere(lambda: _check_space_to_cut(folder) if dist.is_main() else None)
-            reshard.load(engine, folder)
-            loaded = folder
-        else:  # without ZeRO every rank has all of it
-            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if not cut_anew:
-            random_state = torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise weights.foreign(folder, error) from None
+    refuse_code_everywhere(folder)
+    if cut_anew and config.zero_stage > 0:
+        dist.everywhere(lambda: _check_space_to_cut(folder) if dist.is_main() else None)
+        reshard.load(engine, folder)
+        loaded = folder
+    else:  # without ZeRO every rank has all of it
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed did not load {folder}; check that all ranks see this folder")
     if cut_anew:
         seed_all(seed + 1 + torch.distributed.get_rank() + 1_000_003 * state.step)
     else:
-        set_rng_state(random_state)
+        set_rng_state(torch.load(folder / _rng_name(torch.distributed.get_rank()), weights_only=True))
     return state
 
 
 def read_state(folder: Path) -> TrainState:
-    """The part of a checkpoint that is no tensor."""
-    return TrainState(**json.loads((folder / manifest.STATE).read_text(encoding="utf-8")))
-
-
-def allow_checkpoint_classes() -> None:
-    """Name the four plain classes that DeepSpeed puts in its checkpoints; everything else in a pickle is refused."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+    """The part of a checkpoint that is no tensor. Raises CheckpointError where that is not what a run writes."""
+    try:
+        state = TrainState(**json.loads((folder / manifest.STATE).read_text(encoding="utf-8")))
+        numbers = (state.step, state.samples, state.tokens, state.nan_steps)
+        if not all(type(number) is int and number >= 0 for number in numbers) or state.step != manifest.step_of(folder):
+            raise ValueError(f"step {state.step!r}, {state.samples!r} samples, {state.tokens!r} tokens")
+        if not isinstance(state.model, dict) or not isinstance(state.data, dict) or not isinstance(state.rewinds, list):
+            raise ValueError("model, data or rewinds of another kind")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / manifest.STATE} is not of a run ({str(error)[:200]}); use a checkpoint that MegaGPT wrote"
+        ) from None
+    return state

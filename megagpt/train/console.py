@@ -57,7 +57,8 @@ class Lines:
             f"lm loss: {record['loss']:.6E}",
             *([f"loss scale: {record['loss_scale']:.1f}"] if record.get("loss_scale") is not None else []),
             *([f"grad norm: {record['grad_norm']:.3f}"] if record.get("grad_norm") is not None else []),
-            f"number of skipped iterations: {skipped - self._skipped:3d}",
+            f"number of skipped iterations: {max(0, skipped - self._skipped):3d}",
+            f"nan iterations so far: {record.get('nan_steps', 0):3d}",
             f"eta: {self.pace.eta(record['step'], record['step_ms'])}",
         ]
         self._skipped = skipped

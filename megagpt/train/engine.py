@@ -50,6 +50,15 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", index)
 
 
+def make_deterministic() -> None:
+    """From here on every operation gives the same bits in every run, or raises where it has no such form."""
+    # cuBLAS reads it when it starts: without workspaces of its own, what streams share decides the order of sums.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and it costs time
+    torch.backends.cudnn.benchmark = False
+
+
 def gpu_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -> int:
     """Which of the ``visible`` GPUs is this rank's: the one of its local rank, or the only one it is allowed to see.
 

@@ -65,7 +65,8 @@ def _take_lock(run_dir: Path, flag: str = "--run_dir"):
     except OSError:  # file systems of clusters are often mounted without locks
         print(f"{run_dir}: its file system has no locks; start no second job for this folder", flush=True)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    job = f"Slurm job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
+    file.write(f"{job}process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     retention.remove_leftovers(run_dir / manifest.FOLDER)
     return file

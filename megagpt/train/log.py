@@ -6,6 +6,7 @@ Rank 0 writes; on the other ranks every call does nothing. What fails to be logg
 from collections.abc import Callable
 from pathlib import Path
 
+from megagpt.secrets import hide
 from megagpt.train import events, report
 from megagpt.train.console import open_console
 from megagpt.train.metrics import MetricsFile
@@ -77,6 +78,15 @@ class RunLog:
         self._console.valid(name, record, step)
         self._send([(tag, value, step) for tag, value in named.items()])
 
+    def cut(self, last_step: int) -> None:
+        """The run has gone back to ``last_step``: what came later happens again."""
+        if self.is_main:
+            try:
+                self._metrics.cut(last_step)
+            except OSError as error:
+                self._warn_once("metrics.jsonl", f"cannot be cut back ({error.strerror})")
+            self._cut_tensorboard(last_step)
+
     def message(self, text: str) -> None:
         """Show one line to the user."""
         if self.is_main:
@@ -136,7 +146,7 @@ class RunLog:
     def _warn_once(self, what: str, problem: str) -> None:
         if what not in self._failed:
             self._failed.add(what)
-            self._console.message(f"WARNING: {what} {problem}; training goes on")
+            self._console.message(hide(f"WARNING: {what} {problem}; training goes on"))
 
 
 def _train_scalars(record: dict) -> list[tuple]:

@@ -1,27 +1,26 @@
 """The training loop: fetch, forward, backward, step, then log, evaluate, save."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megagpt import dist
 from megagpt.errors import NumericError, Stopped
-from megagpt.train import checkpoint, manifest, postmortem, replicas
+from megagpt.train import checkpoint, manifest, postmortem, replicas, rewind
 from megagpt.train import engine as deepspeed_engine
-from megagpt.train.batches import MicroBatches
+from megagpt.train.batches import MicroBatches, ranges, without
 from megagpt.train.mirror import Mirror
+from megagpt.train.numeric import Numbers
+from megagpt.train.rewind import Rewinder
 from megagpt.train.saving import Saver
 from megagpt.train.schedule import Schedule
 from megagpt.train.stopping import NOTHING, STOP, StopRequests
 from megagpt.train.stragglers import RankTimes
-
-_MAX_SKIPPED = 10  # updates without a finite gradient in a row after which a run stops
-_WINDOW, _MAX_IN_WINDOW = 100, 30  # ... and among the last hundred
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Loop:
     ``evaluate()`` returns {name: {"loss": ...}} over the validation sets (empty without any) and leaves the model in
     training mode and every random generator as it was. The checkpoint with the lowest ``badness(results)`` is the best
     one; ``on_best()`` is called when a new one is saved and ``before_save()`` before each save, both on every rank.
+    With a ``rewinder`` a bad update takes the run back to its last checkpoint, and ``make_batches(state)`` gives the
+    batches from there.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Loop:
         engine,
         config,
         *,
-        batches: MicroBatches,
+        make_batches: Callable[[checkpoint.TrainState], MicroBatches],
         plan,
         schedule: Schedule,
         base_rates: list[float],
@@ -86,10 +87,13 @@ class Loop:
         stop: StopRequests | None = None,
         mirror: Mirror | None = None,
         async_save: bool = False,
+        on_nan: str = "skip",
+        spike_factor: float | None = None,
+        rewinder: Rewinder | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
-        self.batches = batches
+        self.batches = make_batches(state)
         self.plan = plan
         self.schedule = schedule
         self.base_rates = base_rates
@@ -120,9 +124,9 @@ class Loop:
             in_background=async_save,
         )
         self.last_valid: dict[str, dict] = {}
-        self._skipped_in_a_row = 0
-        self._skipped_lately: deque[bool] = deque(maxlen=_WINDOW)
-        self._last_steps = postmortem.LastSteps()
+        self.numbers = Numbers(engine, config, state, on_nan=on_nan, spike_factor=spike_factor)
+        self._rewinder, self._make_batches = rewinder, make_batches
+        self._evidence = postmortem.Evidence(root, engine.module, forward)
         self._rank_times = RankTimes(engine.device)
         self._evaluation_seconds = 0.0
         self._is_warm = False  # the first step compiles and reads cold files
@@ -146,10 +150,41 @@ class Loop:
         self._heed_requests()
         try:
             loss = self._step()
+            if self.numbers.is_bad and self._rewinder is not None and self._went_back():
+                return
         except NumericError as error:
-            path = postmortem.write(self.root.parent, self._last_steps, self.engine.module, str(error))
-            raise NumericError(f"{error}; {path} has the last steps") from None
+            raise NumericError(f"{error}; {self._evidence.write(str(error))} has the last steps") from None
         self._after_step(loss)
+
+    def _went_back(self) -> bool:
+        """Go back to the last checkpoint without the samples of the last update; False where there is none yet."""
+        dist.beat("save", self.state.step)
+        self.saver.settle()
+        folder = self._rewinder.target(self.state)
+        what = f"step {self.state.step}: {self.numbers.what()}"
+        if folder is None:
+            self.log.message(f"WARNING: {what}; the update is skipped, for there is no checkpoint yet to go back to")
+            return False
+        path = self._evidence.write(what)
+        samples = self._samples()
+        shown = ", ".join(f"{first} to {end - 1}" for first, end in ranges(samples))
+        self._rewinder.go_back(self.state, folder, samples)
+        self.batches.close()
+        self.batches = self._make_batches(self.state)
+        self.log.cut(self.state.step)
+        self.numbers.start_counting()
+        self.saver.saved_step = self.state.step
+        self.log.message(
+            f"WARNING: {what}; went back to {folder.name} and leaves out samples {shown} from here on; "
+            f"{path} has the last steps"
+        )
+        self._mark_time()
+        return True
+
+    def _samples(self) -> np.ndarray:
+        """The samples of the last update, ascending."""
+        last = np.arange(self.state.samples - self.plan.global_batch, self.state.samples)
+        return without(rewind.left_out(self.state.rewinds), last)
 
     def _heed_requests(self) -> None:
         soon = (
@@ -172,22 +207,28 @@ class Loop:
     def _step(self) -> Tensor:
         """Forward, backward and update over one global batch; this rank's mean loss, not yet read from the device."""
         self._set_rates()
-        loss = 0.0
-        before = self.engine.skipped_steps, deepspeed_engine.loss_scale(self.engine)
-        for _ in range(self.plan.accumulation):
+        loss, last = 0.0, self.plan.accumulation - 1
+        self._evidence.begin()
+        self.numbers.before_update()
+        for micro_step in range(self.plan.accumulation):
             dist.beat("step" if self._is_warm else "setup", self.state.step + 1)
             self._rank_times.begin()
-            micro_loss = self.forward(self.engine, self.batches.next())
+            micro_loss = self.forward(self.engine, self._evidence.add_batch(self.batches.next()))
             self._rank_times.end()
+            loss = loss + micro_loss.detach()
+            if micro_step == last:
+                micro_loss = self.numbers.refuse_spike(micro_loss, loss / self.plan.accumulation)
             deepspeed_engine.backward(self.engine, micro_loss)
             self._engine_step()
-            loss = loss + micro_loss.detach()
         self.state.samples += self.plan.global_batch
         self.state.tokens += self.tokens_of(self.state.step)
         self.state.step += 1
         self._is_warm = True
         loss = loss / self.plan.accumulation
-        self._count_skipped(*before, loss)
+        skipped = self.numbers.judge(loss)
+        norm = self.engine.get_global_grad_norm()
+        self._evidence.add(self.state.step, loss, norm, skipped, ranges(self._samples()))
+        self.numbers.stop_if_due()
         return loss
 
     def _set_rates(self) -> None:
@@ -208,26 +249,6 @@ class Loop:
                 "use bf16, a lower --lr or a longer --warmup_steps, and resume from the last checkpoint"
             ) from None
 
-    def _count_skipped(self, skipped_before: int, scale_before: float | None, loss: Tensor) -> None:
-        """Raise NumericError where one update after the other is skipped."""
-        skipped = self.engine.skipped_steps > skipped_before
-        samples = self.plan.global_batch
-        norm = self.engine.get_global_grad_norm()
-        self._last_steps.add(self.state.step, loss, norm, skipped, self.state.samples - samples, samples)
-        # fp16 finds its loss scale by overflowing: an update that lowered it is no bad sign.
-        lowered = scale_before is not None and deepspeed_engine.loss_scale(self.engine) < scale_before
-        bad = skipped and not lowered
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
-        self._skipped_lately.append(bad)
-        how_many = f"{_MAX_SKIPPED} updates in a row" if self._skipped_in_a_row >= _MAX_SKIPPED else None
-        if sum(self._skipped_lately) >= _MAX_IN_WINDOW:
-            how_many = how_many or f"{_MAX_IN_WINDOW} of the last {_WINDOW} updates"
-        if how_many:
-            raise NumericError(
-                f"step {self.state.step}: {how_many} had gradients that are not finite and were "
-                "skipped; lower --lr, lengthen --warmup_steps or look at the data, and resume from the last checkpoint"
-            )
-
     # what happens between steps ---------------------------------------------------------------------------------
 
     def _after_step(self, loss: Tensor) -> None:
@@ -239,7 +260,7 @@ class Loop:
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
         # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
         wanted = due(step, self.intervals.save) or (evaluated and self.intervals.save_evaluated)
-        if (wanted and not self._skipped_in_a_row) or last:
+        if (wanted and not self.numbers.in_trouble) or last:
             self._save(final=last, evaluated=evaluated)
 
     def _log(self, loss: Tensor) -> None:
@@ -254,6 +275,7 @@ class Loop:
             "grad_norm": deepspeed_engine.grad_norm(self.engine),
             "loss_scale": deepspeed_engine.loss_scale(self.engine),
             "skipped_steps": self.engine.skipped_steps,
+            "nan_steps": self.state.nan_steps,  # of these, without fp16's search for its loss scale
             "tokens": self.state.tokens,
             "samples": self.state.samples,
             "tokens_per_s": tokens_per_s,

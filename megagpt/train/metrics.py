@@ -65,6 +65,12 @@ class MetricsFile:
             fsync(self.path.parent)
             self._is_named = True
 
+    def cut(self, last_step: int) -> None:
+        """Remove the records after ``last_step``. Raises OSError."""
+        self.close()
+        truncate(self.path, last_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()

@@ -45,6 +45,9 @@ def _changes(plan: Plan, source: Path) -> list[str]:
         )
     if header["zero_stage"] != config.zero_stage:
         changes.append(f"ZeRO stage: {header['zero_stage']} then, {config.zero_stage} now")
+    then, now = header.get("config_sha256"), manifest.config_hash(config.config, plan.model.to_dict())
+    if not changes and then not in (None, now):
+        changes.append(f"settings: {config.path} is not as it was (SHA-256 {then[:12]}... then, {now[:12]}... now)")
     return changes
 
 

@@ -15,7 +15,19 @@ from megagpt.errors import CheckpointError, Stopped
 from megagpt.evaluate import perplexity
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, manifest, mirror, optim, report, restarts, resume
+from megagpt.train import (
+    checkpoint,
+    folder,
+    hardware,
+    kernels,
+    manifest,
+    mirror,
+    optim,
+    report,
+    restarts,
+    resume,
+    rewind,
+)
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
@@ -31,6 +43,8 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
     """Run to the end; raises a MegaGPTError for whatever the user can mend, and Stopped where ``stop`` asks for it."""
     stop = stop or StopRequests()
     begun = time.time()
+    if plan.settings.deterministic:
+        deepspeed_engine.make_deterministic()
     device = deepspeed_engine.device_of(world)
     _check_machine(plan, device)
     dist.export(world)
@@ -73,7 +87,7 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float, st
             loop.saver.mirror.finish()
         checkpoint_folder = plan.root / manifest.tag_name(loop.state.step)
         last = {"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)}
-        loop.log.finish({**plan.summary(), **last})
+        loop.log.finish({**plan.summary(), **last, "rewinds": len(loop.state.rewinds)})
 
 
 @contextmanager
@@ -97,6 +111,7 @@ def opened(plan: Plan, world: dist.World, device: torch.device, stop: StopReques
     state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.identity)
     if source is not None:
         state = resume.load(engine, source, plan)
+    state.rewinds = rewind.known(plan.run_dir, state)
 
     batch = BatchPlan(config.micro_batch, config.accumulation, world.world_size, world.rank)
     description = {**plan.describe(), "kernels": kernels.describe(ops, choice)}
@@ -151,10 +166,15 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
     peak = None
     if device.type == "cuda":
         peak = hardware.peak_flops(torch.cuda.get_device_name(device), plan.config.precision)
+    rewinder = rewind.Rewinder(
+        plan.run_dir, plan.root, settings.rewind_limit, lambda folder: resume.load(engine, folder, plan)
+    )
     return Loop(
         engine,
         plan.config,
-        batches=MicroBatches(plan.corpora.train, batch, state.samples, device),
+        make_batches=lambda state: MicroBatches(
+            plan.corpora.train, batch, state.samples, device, rewind.left_out(state.rewinds)
+        ),
         plan=batch,
         schedule=plan.schedule,
         base_rates=[plan.optimiser["lr"]] * len(engine.optimizer.param_groups),
@@ -177,6 +197,9 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         stop=stop,
         mirror=mirror.of(settings, log.message),
         async_save=settings.async_save,
+        on_nan=settings.on_nan,
+        spike_factor=settings.spike_factor,
+        rewinder=rewinder if settings.on_nan == "rewind" else None,
     )
 
 
