@@ -30,7 +30,8 @@ def load(engine, folder: Path) -> None:
     try:
         dist.everywhere(lambda: _convert(folder, converted) if dist.is_main() else None)
         engine._config.load_universal_checkpoint = True
-        loaded = dist.everywhere(lambda: _load_converted(engine, folder, converted))
+        # Ranks talk to each other in there: one that fails alone must not wait for what the others say of it.
+        loaded = _load_converted(engine, folder, converted)
     finally:
         engine._config.load_universal_checkpoint = False
         if dist.is_main():
@@ -83,9 +84,51 @@ def _convert(folder: Path, converted: Path) -> None:
 
 def _load_converted(engine, folder: Path, converted: Path):
     try:
-        return engine.load_checkpoint(str(converted), tag=folder.name)[0]
+        with _groups_without_a_part(engine.optimizer):
+            return engine.load_checkpoint(str(converted), tag=folder.name)[0]
     except (AssertionError, LookupError, ValueError, pickle.UnpicklingError) as error:
         raise _refused(folder, error) from error
+
+
+class _NoParameter:
+    """Stands for the parameters of a group of which a rank has no part: there is nothing to load."""
+
+    @property
+    def _hp_mapping(self):
+        return self
+
+    def load_hp_checkpoint_state(self, *_, **__) -> None:
+        return None
+
+    def get_optim_state_keys(self) -> list[str]:
+        return []
+
+
+@contextlib.contextmanager
+def _groups_without_a_part(optimizer):
+    """Let DeepSpeed load where a small group lies on other ranks alone; it takes for granted that each has a part."""
+    load = getattr(optimizer, "load_hp_checkpoint_state_from_checkpoint_dir", None)
+    names = getattr(optimizer, "param_names", None)
+    if load is None or not isinstance(names, dict):  # not so under ZeRO-3
+        yield
+        return
+    stand_in = _NoParameter()
+
+    def load_parts(groups_name: str, checkpoint_dir: str) -> None:
+        groups = getattr(optimizer, groups_name)
+        without = [all(p._hp_mapping is None for p in group) for group in groups]
+        setattr(optimizer, groups_name, [[stand_in] if w else g for g, w in zip(groups, without, strict=True)])
+        try:
+            load(groups_name, checkpoint_dir)
+        finally:
+            setattr(optimizer, groups_name, groups)
+
+    names[stand_in] = "none"
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_parts
+    try:
+        yield
+    finally:
+        del optimizer.load_hp_checkpoint_state_from_checkpoint_dir, names[stand_in]
 
 
 def _refused(folder: Path, error: Exception) -> CheckpointError:
