@@ -14,7 +14,7 @@ from megagpt.tools.plan_states import FP32, model_states
 from megagpt.tools.plan_traffic import ZeroSizes, collectives
 
 # Odd numbers of elements, so that every layout has to pad.
-SHAPE = {"vocab_size": 101, "seq_len": 15, "n_layer": 3, "n_head": 2, "d_model": 32}
+SHAPE = {"vocab_size": 101, "seq_len": 14, "n_layer": 3, "n_head": 3, "d_model": 27}
 SHAPE |= {"embd_dropout": 0.0, "attn_dropout": 0.0, "resid_dropout": 0.0}
 SMALL = 16  # bytes: norms and flags
 # Thresholds at which a model as small as this is gathered, released and fetched ahead as large ones are.
@@ -175,15 +175,16 @@ def test_traffic_is_that_of_the_engine(world_size):
             assert sum(small.values()) <= 4 * SMALL, case
 
 
-def test_what_other_estimators_leave_out():
-    """Worked by hand: 41,920 parameters - 1,024 in the two groups' last odd elements on 4 ranks."""
-    shape = GPTConfig(**{**SHAPE, "vocab_size": 101, "seq_len": 15})
-    P = shape.n_params()
-    no_decay = P - (101 + 15) * 32 - 3 * 12 * 32 * 32  # biases and norms
-    assert no_decay == 3 * (3 * 32 + 32 + 4 * 32 + 32 + 4 * 32) + 2 * 32
-    decay = P - no_decay
-    flat = -(-decay // 8) * 8 + -(-no_decay // 8) * 8  # multiples of 2 elements x 4 ranks
+def test_each_group_is_filled_up_on_its_own():
+    """Worked by hand for 4 ranks: multiples of 8 elements, of the matrices and of the biases and norms."""
+    shape = GPTConfig(**SHAPE)
+    matrices = (101 + 14) * 27 + 3 * 12 * 27 * 27
+    others = 3 * (2 * 2 * 27 + 3 * 27 + 27 + 4 * 27 + 27) + 2 * 27
+    assert matrices + others == shape.n_params()
+    assert (matrices % 8, others % 8) == (5, 3)
+    flat = matrices + 3 + others + 5
     states = model_states(shape, 1, 4, "bf16")
     assert states.parameters == 2 * flat
     assert states.master == flat // 4 * FP32
-    assert states.gradients == 2 * P
+    assert states.moments == 2 * states.master
+    assert states.gradients == 2 * shape.n_params()
