@@ -85,7 +85,8 @@ def of_shorter_sequences(folder: Path) -> Path:
     """Weights whose position table has 16 rows."""
     shape = {"vocab_size": 256, "seq_len": 16, "n_layer": 1, "n_head": 2, "d_model": 32, "d_ff": 128, "norm": "pre"}
     path = folder / "model.safetensors"
-    save_file({"wpe.weight": torch.zeros(16, 32)}, path, metadata={"config": json.dumps(shape)})
+    tables = {"wpe.weight": torch.zeros(16, 32), "wte.weight": torch.zeros(256, 32)}
+    save_file(tables, path, metadata={"config": json.dumps(shape)})
     return path
 
 

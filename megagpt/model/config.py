@@ -43,7 +43,7 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 below = " and below 2^31" if type(value) is int and value > 1 else ""
-                raise ConfigError(f"{name}={str(value)[:80]} must be a whole number of at least 1{below}")
+                raise ConfigError(f"{name}={repr(value)[:80]} must be a whole number of at least 1{below}")
         if self.d_model % self.n_head:
             raise ConfigError(
                 f"d_model={self.d_model} must be a multiple of n_head={self.n_head}: heads share it evenly"
