@@ -17,16 +17,21 @@ N = 1200  # draws
 NOISE = 5 * (0.25 / N) ** 0.5
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = GPTConfig(vocab_size=11, seq_len=6, n_layer=2, n_head=2, d_model=8)
-    torch.manual_seed(6)
-    model = GPT(config, load_ops("torch", head_width=4, dtype=torch.float32, device="cpu")).eval()
+def spread_out(config: GPTConfig, kernels: str, *, seed: int, spread: float) -> GPT:
+    """A new model whose weights are spread so far that its answers are not all alike."""
+    torch.manual_seed(seed)
+    model = GPT(config, load_ops(kernels, head_width=config.head_width, dtype=torch.float32, device="cpu")).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "ln_" not in name:
-                p.add_(0.5 * torch.randn(p.shape))
+                p.add_(spread * torch.randn(p.shape))
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GPTConfig(vocab_size=11, seq_len=6, n_layer=2, n_head=2, d_model=8)
+    return spread_out(config, "torch", seed=6, spread=0.5)
 
 
 def probabilities(model, ids, temperature=1.0):
@@ -105,13 +110,7 @@ def test_the_text_ends_before_the_stopping_token(model):
 def any_model(request):
     kind = {"backbone": "lstm"} if request.param == "lstm" else {"norm": request.param}
     config = GPTConfig(vocab_size=50, seq_len=24, n_layer=2, n_head=2, d_model=16, **kind)
-    torch.manual_seed(1)
-    model = GPT(config, load_ops("auto", head_width=8, dtype=torch.float32, device="cpu")).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "ln_" not in name:
-                p.add_(0.3 * torch.randn(p.shape))
-    return model
+    return spread_out(config, "auto", seed=1, spread=0.3)
 
 
 SAMPLINGS = [

@@ -16,6 +16,7 @@ from megagpt.errors import CheckpointError
 from megagpt.model.gpt import decays
 from megagpt.model.tensors import Tensors, read_safetensors
 from megagpt.train import manifest
+from megagpt.train.safe import foreign
 
 # Classes of DeepSpeed in its checkpoints, of which nothing is needed here. Everything else in a pickle is refused.
 _UNREAD = (
@@ -54,14 +55,6 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """:func:`open_weights`, all at once."""
     tensors, model = open_weights(path)
     return tensors.all(), model
-
-
-def foreign(folder: Path, error: Exception) -> CheckpointError:
-    """The error of a checkpoint with something in it that would have to be run."""
-    return CheckpointError(
-        f"{folder} holds something other than tensors and plain values and was refused, for loading it could run code "
-        f"({str(error).splitlines()[0][:200]}); use a checkpoint that MegaGPT wrote"
-    )
 
 
 class _Unread:
