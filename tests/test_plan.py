@@ -207,6 +207,15 @@ def test_more_stages_and_more_recomputation_take_less_memory(capsys):
         assert activations == sorted(activations, reverse=True)
 
 
+@pytest.mark.parametrize(("told", "said"), [([], "not compared with what there is"), (["4000"], "pinned; of 4,000")])
+def test_cpu_memory_of_which_nothing_is_known_is_said_not_to_be_looked_at(told, said, tmp_path, capsys):
+    known = [word for value in told for word in ("--host_memory_gb", value)]
+    output = ["--output", str(tmp_path / "plan")]
+    assert plan_main([*LADDER, "--nodes", "1", "--model", "13b", "--offload", "all", *known, *output]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "CPU memory of a node" in line]
+    assert said in line
+
+
 def test_an_unknown_gpu_is_planned_by_its_figures(capsys):
     figures = ["--gpu_memory_gb", "80", "--gpu_tflops", "989.4", "--gpu_bandwidth_gbs", "3350", "--link_gbs", "450"]
     words = [*LADDER, *figures, "--network_gbit", "3200", "--host_gbs", "64"]

@@ -30,7 +30,7 @@ def lines(plan, measured, words: list[str], written) -> Iterator[str]:
     yield f"recommended: {best.name}, micro-batch {best.layout.micro_batch} x accumulation {best.layout.accumulation}"
     pairs = [f"{micro}x{accumulation}" for micro, accumulation in fitting_batches(job, best)]
     yield f"  legal pairs that fit      {' '.join(pairs)}"
-    yield from _memory_lines(best.memory, job.gpu.memory, job.gpus_per_node)
+    yield from _memory_lines(best.memory, job.gpu.memory, job.gpus_per_node, job.host_memory)
     yield from _traffic_lines(plan)
     yield from _time_lines(plan)
     yield ""
@@ -57,7 +57,7 @@ def table(found: list[Option], best: Option) -> Iterator[str]:
         )
 
 
-def _memory_lines(memory: Memory, gpu: float, gpus_per_node: int) -> Iterator[str]:
+def _memory_lines(memory: Memory, gpu: float, gpus_per_node: int, host: float | None) -> Iterator[str]:
     for name in ("parameters", "gradients", "optimizer"):
         yield f"  {name:<26}{getattr(memory, name) / 1e9:8.2f} GB"
     backward = memory.activations + memory.working + memory.buffers
@@ -69,7 +69,8 @@ def _memory_lines(memory: Memory, gpu: float, gpus_per_node: int) -> Iterator[st
     yield f"  {'CUDA, NCCL and margin':<26}{(memory.runtime + memory.margin) / 1e9:8.2f} GB"
     yield f"  {'peak':<26}{memory.peak / 1e9:8.2f} GB of {gpu / 1e9:.0f}"
     if memory.host:
-        yield f"  {'CPU memory of a node':<26}{memory.host * gpus_per_node / 1e9:8.2f} GB, pinned"
+        there = "not compared with what there is: --host_memory_gb" if host is None else f"of {host / 1e9:,.0f}"
+        yield f"  {'CPU memory of a node':<26}{memory.host * gpus_per_node / 1e9:8.2f} GB, pinned; {there}"
 
 
 def _traffic_lines(plan) -> Iterator[str]:
@@ -102,8 +103,9 @@ def _time_lines(plan) -> Iterator[str]:
     yield f"  {'run':<26}{plan.seconds / 86400:8.2f} days: {plan.steps:,} steps, {plan.steps * tokens:,} tokens"
     yield f"  {'jobs':<26}{plan.requeues + 1:8} of {plan.settings.time}, {plan.requeues} requeued"
     size = plan.checkpoint_bytes / 1e9
+    every = "step" if plan.save_interval == 1 else f"{plan.save_interval} steps"
     yield (
-        f"  {'checkpoint':<26}{size:8.2f} GB, every {plan.save_interval} steps; disk {(_KEPT + 1) * size:,.0f} GB "
+        f"  {'checkpoint':<26}{size:8.2f} GB, every {every}; disk {(_KEPT + 1) * size:,.0f} GB "
         f"for the {_KEPT} that are kept and the one being written"
     )
 
