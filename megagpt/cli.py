@@ -30,6 +30,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     "export": ("megagpt.export.main", "export_main", "write a model as a folder for transformers"),
     "import": ("megagpt.export.importing", "import_main", "read a model of Hugging Face's or OpenAI's"),
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
+    "serve": ("megagpt.serve.main", "serve_main", "answer requests over HTTP as OpenAI's API does, with a page to try"),
     "evaluate": ("megagpt.evaluate.measure", "evaluate_main", "measure a run on texts and tasks"),
 }
 

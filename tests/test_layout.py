@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tools.doctor_packages": {"tools", "model", "ops", "config", "train.engine"},  # which asks DeepSpeed
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.source"},
     "export": {"model", "data", "ops", "config", "finetune", "evaluate.source", "train.manifest", "train.weights"},
+    "serve": {"model", "data", "config", "evaluate"},
     "cli": {"dist"},
     "__main__": {"cli"},
     "megagpt_kernels": set(),
