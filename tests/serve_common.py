@@ -24,16 +24,18 @@ from megagpt.serve.request import Limits
 from megagpt.serve.worker import Worker
 
 CONTEXT = 64
+_PRINTABLE = 94  # tokens, the first ones: from ! to ~
 GREEDY = Sampling(temperature=0)
 
 
 def write_run(folder):
-    """The run folder of a random model whose likeliest tokens differ from text to text."""
+    """The run folder of a random model. Its likeliest tokens are letters, and never the one that ends a text."""
     config = GPTConfig(vocab_size=257, seq_len=CONTEXT, n_layer=2, n_head=2, d_model=32)
     torch.manual_seed(3)
     model = GPT(config, load_ops("torch", head_width=16, dtype=torch.float32, device="cpu"))
-    scaled = {n: x.detach() * (1 if "ln_" in n else 12) for n, x in model.state_dict().items()}
-    save_file(scaled, folder / "model.safetensors", metadata={"config": json.dumps(config.to_dict())})
+    weights = {n: x.detach() * (1 if "ln_" in n else 12) for n, x in model.state_dict().items()}
+    weights["wte.weight"][_PRINTABLE:] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"config": json.dumps(config.to_dict())})
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
     return folder
 

@@ -3,6 +3,11 @@
 import asyncio
 import http.client
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from serve_common import CONTEXT, post, post_head, serving_run, write_run
 
 from megagpt.errors import ConfigError
 from megagpt.serve import guard
+from megagpt.serve import server as serving
 from megagpt.serve.main import open_to_others
 from megagpt.serve.server import PatientProtocol
 
@@ -63,16 +69,21 @@ def is_decided(server, completion):
 def test_two_hundred_requests_at_once_get_each_its_own_answer(server):
     """Half of them as streams, of different lengths, all through eight rows; greedy, so each is known beforehand."""
     openai = pytest.importorskip("openai", reason="the openai client is not installed (extra dev)")
-    wanted = {}
+    wanted, expected = {}, []
     for i in range(400):
-        prompt = f"{i * 7919 % 1000} is request {i}"[: 5 + i % 17]
-        alone = server.alone(prompt, 5 + i % 23)
-        if prompt not in wanted and is_decided(server, alone):
-            wanted[prompt] = alone
+        prompt, options = f"{i * 7919 % 1000} is request {i}"[: 5 + i % 17], {"max_tokens": 5 + i % 23}
+        alone = server.alone(prompt, **options)
+        if prompt in wanted or not is_decided(server, alone):
+            continue
+        if i % 3 == 0:
+            options["stop"] = [alone.text[-2:]]
+            alone = server.alone(prompt, **options)
+        wanted[prompt] = options
+        expected.append((alone.text, alone.finished, len(alone.tokens.new)))
         if len(wanted) == 200:
             break
     assert len(wanted) == 200
-    assert len({alone.text for alone in wanted.values()}) > 150  # so that a mix-up shows
+    assert len({text for text, _, _ in expected}) > 150  # so that a mix-up shows
 
     async def answer(client, i, prompt):
         options = {
@@ -94,7 +105,6 @@ def test_two_hundred_requests_at_once_get_each_its_own_answer(server):
             return await asyncio.gather(*(answer(client, i, prompt) for i, prompt in enumerate(wanted)))
 
     answers = asyncio.run(all_at_once())
-    expected = [(alone.text, alone.finished, len(alone.tokens.new)) for alone in wanted.values()]
     assert answers == expected
     assert server.worker.load == (0, 0)
 
@@ -254,8 +264,13 @@ def test_whoever_lets_others_in_without_a_key_is_warned(address, key, warns):
 def begin_long(server, *, stream=True, n=1):
     """A connection on which answers are awaited that nobody has the time for."""
     connection = server.connect()
-    connection.sendall(post(prompt="x", max_tokens=LONG, temperature=5, seed=1, stream=stream, n=n, top_k=0))
+    connection.sendall(long_request(stream=stream, n=n))
     return connection
+
+
+def long_request(**options):
+    """Of more tokens than come in the time of a test; the likeliest one never ends the text."""
+    return post(**{"prompt": "x", "max_tokens": LONG, "temperature": 0, "stream": True, **options})
 
 
 def wait_for_load(server, wanted):
@@ -293,8 +308,14 @@ def ends_without_answer(connection):
 
 
 def test_slow_clients_are_cut_off_and_delay_nobody(run, monkeypatch):
-    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.5)
-    monkeypatch.setattr(PatientProtocol, "read_seconds", 0.5)
+    class Impatient(PatientProtocol):
+        head_seconds = read_seconds = 0.5
+
+        def connection_made(self, transport):
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().connection_made(transport)
+
+    monkeypatch.setattr(serving, "PatientProtocol", Impatient)
     with serving_run(run, rows=2, body_seconds=0.5) as server:
         with server.connect() as silent, server.connect() as half_a_head, server.connect() as half_a_body:
             half_a_head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
@@ -302,7 +323,11 @@ def test_slow_clients_are_cut_off_and_delay_nobody(run, monkeypatch):
             assert half_a_body.recv(100).startswith(b"HTTP/1.1 408 ")
             assert ends_without_answer(silent)
             assert ends_without_answer(half_a_head)
-        with begin_long(server, n=1):  # which is never read from: buffers are full after some megabytes
+        with socket.socket() as deaf:  # it reads nothing, and soon the buffers between are full
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", server.port))
+            deaf.sendall(long_request())
+            wait_for_load(server, (1, 0))
             assert ask(server, {"prompt": "y", "max_tokens": 40})[0] == 200
             server.wait_until_idle(60)  # so it has been cut off: its answer is far from finished
 
@@ -337,3 +362,39 @@ def test_a_server_that_stops_ends_streams_with_an_error(run):
                 assert piece, "the stream has ended and says not why"
                 content = content[-200:] + piece
         assert ask(server, {"prompt": "x"})[0] == 503
+
+
+def test_the_command_serves_and_stops_gracefully_and_shows_no_key(run, tmp_path):
+    """SIGTERM in the midst of a stream: the stream is finished, new connections are refused, the exit code is 0."""
+    command = [sys.executable, "-m", "megagpt", "serve", "--from", str(run), "--port", "0", "--name", "served"]
+    env = {**os.environ, guard.VARIABLE: KEY}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stderr.readline()
+            assert said.startswith("served is served at http://127.0.0.1:")
+            port = int(said.split(";")[0].rpartition(":")[2])
+
+            taken = [str(port) if word == "0" else word for word in command]
+            refused = subprocess.run(taken, env=env, capture_output=True, text=True, timeout=120)
+            assert refused.returncode == 2
+            assert f"cannot listen at 127.0.0.1, port {port}" in refused.stderr
+
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as wrong:
+                wrong.sendall(post_head(2, f"Authorization: Bearer {KEY}0") + b"{}")
+                assert wrong.recv(100).startswith(b"HTTP/1.1 401 ")
+                wrong.sendall(b"\0\0" + KEY.encode() + b"\r\n\r\n")  # what is no HTTP at all
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                content = json.dumps({"max_tokens": 1000, "temperature": 0, "stream": True}).encode()
+                connection.sendall(post_head(len(content), f"Authorization: Bearer {KEY}") + content)
+                answer = connection.recv(1000)
+                process.send_signal(signal.SIGTERM)
+                while piece := connection.recv(1 << 16):
+                    answer += piece
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"data: [DONE]" in answer
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert err.endswith("stopped\n")
+    assert KEY not in said + out + err + refused.stderr

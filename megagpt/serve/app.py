@@ -33,7 +33,7 @@ _FILES = {
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -81,6 +81,13 @@ def build_app(service: Service) -> Starlette:
     )
 
 
+class _Json(JSONResponse):
+    """In ASCII: what a client has sent and is told again may be no Unicode."""
+
+    def render(self, content) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
 class _Api:
     def __init__(self, service: Service, created: int) -> None:
         self.service = service
@@ -107,15 +114,15 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         check_key(request.headers, self.service.key)
-        return JSONResponse({"object": "list", "data": [self._model]})
+        return _Json({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
         check_key(request.headers, self.service.key)
         self._check_model(request.path_params["name"])
-        return JSONResponse(self._model)
+        return _Json(self._model)
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return _Json({"status": "ok"})
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.service.name):
@@ -165,7 +172,7 @@ async def _whole(head: dict, before: list[str], answers: Answers) -> Response:
         texts[i].append(piece.text)
         finished[i] = piece.finished
     choices = [_choice(i, "".join(text), finished[i]) for i, text in enumerate(texts)]
-    return JSONResponse({**head, "choices": choices, "usage": answers.usage})
+    return _Json({**head, "choices": choices, "usage": answers.usage})
 
 
 def _choice(index: int, text: str, finished: str | None) -> dict:
@@ -221,7 +228,7 @@ async def _file(name: str, kind: str, request: Request) -> Response:
 
 
 def _refusal(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return _Json(error.body, error.status, headers=error.headers)
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:
