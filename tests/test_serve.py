@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -370,9 +371,12 @@ def test_the_command_serves_and_stops_gracefully_and_shows_no_key(run, tmp_path)
     env = {**os.environ, guard.VARIABLE: KEY}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            said = process.stderr.readline()
-            assert said.startswith("served is served at http://127.0.0.1:")
-            port = int(said.split(";")[0].rpartition(":")[2])
+            said = ""
+            while "is served at" not in said:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            port = int(re.search(r"^served is served at http://127\.0\.0\.1:(\d+);", said, re.MULTILINE)[1])
 
             taken = [str(port) if word == "0" else word for word in command]
             refused = subprocess.run(taken, env=env, capture_output=True, text=True, timeout=120)
