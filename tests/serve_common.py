@@ -48,6 +48,7 @@ class Running:
     worker: Worker
     model: torch.nn.Module
     tokenizer: object
+    server: serving.Server
 
     @property
     def url(self):
@@ -78,7 +79,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving_run(folder, *, rows=8, limit=256, **options):
+def serving_run(folder, *, rows=8, limit=256, grace=5, **options):
     """A :class:`Running` server of the run in ``folder``; ``options`` are those of ``Service``."""
     source = open_source(folder)
     model = source.build("cpu")
@@ -86,12 +87,14 @@ def serving_run(folder, *, rows=8, limit=256, **options):
     limits = Limits(prompt_tokens=CONTEXT, max_tokens=100_000, texts=limit)
     service = Service("tiny", source.tokenizer, worker, limits, **options)
     with serving.bind("127.0.0.1", 0) as bound:
-        bound.listen(1024)
-        server = serving.make_server(build_app(service), most_connections=600, grace=5)
+        bound.listen(serving.BACKLOG)
+        server = serving.make_server(
+            build_app(service), most_connections=600, grace=grace, give_up=lambda: worker.close(0)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
-            yield Running(bound.getsockname()[1], worker, model, source.tokenizer)
+            yield Running(bound.getsockname()[1], worker, model, source.tokenizer, server)
         finally:
             server.should_exit = True
             thread.join(30)

@@ -352,17 +352,20 @@ def test_a_step_that_fails_fails_its_texts_and_no_others(run, monkeypatch, caplo
         assert server.worker.load == (0, 0)
 
 
-def test_a_server_that_stops_ends_streams_with_an_error(run):
-    with serving_run(run, rows=1) as server:
-        with begin_long(server) as connection:
-            wait_for_load(server, (1, 0))
-            server.worker.close()
-            content = b""
-            while b"server_stopping" not in content:
-                piece = connection.recv(1 << 16)
-                assert piece, "the stream has ended and says not why"
-                content = content[-200:] + piece
-        assert ask(server, {"prompt": "x"})[0] == 503
+def test_what_is_not_finished_when_a_server_stops_ends_with_an_error(run):
+    with (
+        serving_run(run, rows=1, grace=0) as server,
+        begin_long(server) as stream,
+        begin_long(server, stream=False) as whole,
+    ):
+        wait_for_load(server, (1, 1))
+        server.server.should_exit = True
+        assert read_all(whole).startswith(b"HTTP/1.1 503 ")
+        assert b"server_stopping" in read_all(stream)
+
+
+def read_all(connection):
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
 def test_the_command_serves_and_stops_gracefully_and_shows_no_key(run, tmp_path):
@@ -392,8 +395,7 @@ def test_the_command_serves_and_stops_gracefully_and_shows_no_key(run, tmp_path)
                 connection.sendall(post_head(len(content), f"Authorization: Bearer {KEY}") + content)
                 answer = connection.recv(1000)
                 process.send_signal(signal.SIGTERM)
-                while piece := connection.recv(1 << 16):
-                    answer += piece
+                answer += read_all(connection)
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert b"data: [DONE]" in answer
             out, err = process.communicate(timeout=60)

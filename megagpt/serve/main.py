@@ -57,10 +57,16 @@ def serve_main(argv: list[str] | None = None) -> int:
             _say(warning)
         service = _service(settings, source, tokenizer, key, local)
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        bound.listen(1024)
+        running = server.make_server(
+            build_app(service),
+            most_connections=2 * settings.max_requests + 100,  # slow and idle ones beside those that are busy
+            grace=settings.grace,
+            give_up=lambda: service.worker.close(0),
+        )
+        bound.listen(server.BACKLOG)
         _say(f"{service.name} is served at {url}; Ctrl-C stops it")
-        connections = 2 * settings.max_requests + 100  # those of slow clients and idle ones beside the busy ones
-        server.run(server.make_server(build_app(service), most_connections=connections, grace=settings.grace), bound)
+        server.run(running, bound)
+        service.worker.close()  # after a second Ctrl-C it is still at work
     _say("stopped")
     return 0
 

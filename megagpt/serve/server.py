@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import uvicorn
@@ -10,7 +11,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megagpt.errors import ConfigError
 
-_BACKLOG = 1024
+BACKLOG = 1024
+_TO_SAY_SO = 5  # seconds for the clients of requests that were ended to read that
 
 
 class PatientProtocol(H11Protocol):
@@ -66,8 +68,23 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(app, *, most_connections: int, grace: int) -> uvicorn.Server:
-    """A server of ``app``; asked to stop, it lets requests finish for ``grace`` seconds."""
+class Server(uvicorn.Server):
+    """Asked to stop, it lets requests finish for ``grace`` seconds, then calls ``give_up``, which has to end them."""
+
+    def __init__(self, config: uvicorn.Config, grace: float, give_up: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._grace, self._give_up = grace, give_up
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace, self._give_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def make_server(app, *, most_connections: int, grace: int, give_up: Callable[[], None]) -> Server:
+    """A :class:`Server` of ``app`` with at most so many connections at once."""
     config = uvicorn.Config(
         app,
         http=PatientProtocol,
@@ -80,10 +97,10 @@ def make_server(app, *, most_connections: int, grace: int) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=most_connections,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=grace,
-        backlog=_BACKLOG,
+        timeout_graceful_shutdown=grace + _TO_SAY_SO,
+        backlog=BACKLOG,
     )
-    return uvicorn.Server(config)
+    return Server(config, grace, give_up)
 
 
 def run(server: uvicorn.Server, bound: socket.socket) -> None:

@@ -59,11 +59,12 @@ class Worker:
         self._thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Stop after the step under way; texts that are not finished fail with :class:`Closed`."""
+        """Stop after the step under way, which is awaited so many seconds; what is left fails with :class:`Closed`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     @property
     def load(self) -> tuple[int, int]:
