@@ -87,12 +87,7 @@ def test_two_hundred_requests_at_once_get_each_its_own_answer(server):
     assert len({text for text, _, _ in expected}) > 150  # so that a mix-up shows
 
     async def answer(client, i, prompt):
-        options = {
-            "model": "tiny",
-            "prompt": prompt,
-            "temperature": 0,
-            "max_tokens": wanted[prompt].tokens.max_new_tokens,
-        }
+        options = {"model": "tiny", "prompt": prompt, "temperature": 0, **wanted[prompt]}
         if i % 2:
             found = await client.completions.create(**options)
             return found.choices[0].text, found.choices[0].finish_reason, found.usage.completion_tokens
