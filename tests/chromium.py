@@ -14,7 +14,6 @@ PATH = shutil.which("chromium")
 _FLAGS = [
     "--headless=new",
     "--no-sandbox",  # which it does not offer to root; it sees our own page alone
-    "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",
@@ -90,6 +89,7 @@ class Page:
         self.send("Input.insertText", text=text)
 
     def screenshot(self, path):
+        self.send("Page.bringToFront")  # what is behind is not drawn
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 
 
