@@ -32,6 +32,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     "generate": ("megagpt.evaluate.main", "generate_main", "sample text from a run"),
     "serve": ("megagpt.serve.main", "serve_main", "answer requests over HTTP as OpenAI's API does, with a page to try"),
     "evaluate": ("megagpt.evaluate.measure", "evaluate_main", "measure a run on texts and tasks"),
+    "zeroshot": ("megagpt.zeroshot.main", "zeroshot_main", "ask a run tasks that it was not trained for"),
 }
 
 

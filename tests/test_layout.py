@@ -24,12 +24,14 @@ MAY_IMPORT = {
     "ops": {"megagpt_kernels"},
     "model": {"ops"},
     "train": {"secrets", "model", "data", "ops", "config", "dist", "evaluate.perplexity"},
+    "train.zeroshot": {"train", "config", "data", "zeroshot"},  # tasks on the way of a run
     "evaluate": {"model", "data", "ops", "config", "dist", "train.checkpoint", "train.manifest", "train.weights"},
     "tools": {"model", "data", "ops", "config", "dist"},
     "tools.doctor_packages": {"tools", "model", "ops", "config", "train.engine"},  # which asks DeepSpeed
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.source"},
     "export": {"model", "data", "ops", "config", "finetune", "evaluate.source", "train.manifest", "train.weights"},
     "serve": {"model", "data", "config", "evaluate"},
+    "zeroshot": {"data", "config", "dist", "evaluate", "finetune", "train.manifest"},
     "cli": {"dist"},
     "__main__": {"cli"},
     "megagpt_kernels": set(),

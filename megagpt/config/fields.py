@@ -54,6 +54,10 @@ class _PretrainFlags(NeededFlags):
     # evaluation
     eval_interval: int = 1000  # steps between evaluations; 0 only at the start and at the end
     eval_steps: int | None = None  # global batches of an evaluation; the whole validation set by default
+    zeroshot_interval: int = 0  # ask tasks without training after this many steps, and 2, 4, 8, ... times it; 0 never
+    zeroshot_data: str | None = None  # folder with the files of those tasks
+    zeroshot_tasks: tuple[str, ...] = ()  # cola, sst2, race, winograd, pdp60, copa; all with files by default
+    zeroshot_limit: int | None = None  # questions of each of them, evenly spread over it; all by default
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
             yield f"--{' and --'.join(lengths)} both say how long to train; give one"
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             yield f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}"
+        if self.zeroshot_interval and self.zeroshot_data is None:
+            yield "--zeroshot_interval needs --zeroshot_data DIR, the folder with the tasks' files"
+        if self.zeroshot_data is not None and not self.zeroshot_interval:
+            yield "--zeroshot_data needs --zeroshot_interval N, the steps until the tasks are asked first"
 
     def _text_problems(self):
         yield from shared.text_problems(self)
@@ -112,8 +120,8 @@ class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
 _RANGES = {
     **shared.RANGES,
     **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size"), (1, MOST, False)),
-    **dict.fromkeys(("max_steps", "max_tokens", "eval_steps"), (1, MOST, False)),
-    **dict.fromkeys(("warmup_steps", "eval_interval", "rewind_limit"), (0, MOST, False)),
+    **dict.fromkeys(("max_steps", "max_tokens", "eval_steps", "zeroshot_limit"), (1, MOST, False)),
+    **dict.fromkeys(("warmup_steps", "eval_interval", "rewind_limit", "zeroshot_interval"), (0, MOST, False)),
     **dict.fromkeys(("dropout", "embd_dropout", "attn_dropout", "resid_dropout"), (0.0, BELOW_ONE, False)),
     **dict.fromkeys(("lr", "epochs"), (0.0, MOST_FLOAT, True)),
     "min_lr": (0.0, MOST_FLOAT, False),

@@ -30,22 +30,24 @@ def score(
     """The score of every (ids, first): of ids[first:], with ``first`` at least 1, in nats.
 
     What is longer than the context is predicted from its last tokens. Batches are the same for any number of ranks,
-    rank j % world_size computes batch j, and every rank returns all scores.
+    rank j % world_size computes batch j, and every rank returns all scores. Every rank calls the model as often as any
+    other, as ZeRO-3 needs: where the batches do not go round, the shortest one is computed again.
     """
     longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+    batches = [longest_first[at : at + batch_size] for at in range(0, len(sequences), batch_size)]
     mine = []
-    for j, at in enumerate(range(0, len(sequences), batch_size)):
-        if j % world_size == rank:
-            dist.beat()
-            chosen = longest_first[at : at + batch_size]
-            scores = _score_batch(model, [sequences[i] for i in chosen])
+    for j in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+        dist.beat()
+        chosen = batches[min(j, len(batches) - 1)]
+        scores = _score_batch(model, [sequences[i] for i in chosen])
+        if j < len(batches):
             mine += [[i, *s] for i, s in zip(chosen, scores, strict=True)]
     everything = gather_json(mine) if world_size > 1 else [mine]
     found = {i: Scored(log_probs, greedy) for part in everything for i, log_probs, greedy in part}
     return [found[i] for i in range(len(sequences))]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a model in training must not keep tensors of that mode
 def _score_batch(model, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
     device, room = model.wte.weight.device, model.config.seq_len + 1
     kept = [(list(ids)[-room:], max(1, first - max(0, len(ids) - room))) for ids, first in sequences]
@@ -53,11 +55,14 @@ def _score_batch(model, sequences: Sequence[tuple[Sequence[int], int]]) -> list[
     ids = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in kept], device=device)
     lengths = torch.tensor([len(ids) - 1 for ids, _ in kept], device=device)
     rows = (torch.arange(T, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
-    hidden = model.hidden(ids, rows)  # (N, D)
     begins = [0, *lengths.cumsum(0).tolist()]
     at = [begins[i] + p for i, (ids, first) in enumerate(kept) for p in range(first - 1, len(ids) - 1)]
     targets = torch.tensor([token for ids, first in kept for token in ids[first:]], device=device, dtype=torch.long)
-    log_probs, likeliest = _predicted(model, hidden[torch.tensor(at, device=device, dtype=torch.long)], targets)
+    at = torch.tensor(at, device=device, dtype=torch.long)
+    log_probs, likeliest = model(
+        ids, rows=rows, then=lambda hidden, words: _predicted(model.ops, hidden[at], words, targets)
+    )
+    log_probs, likeliest = log_probs.tolist(), likeliest.tolist()
     scores, begin = [], 0
     for ids, first in kept:
         end = begin + len(ids) - first
@@ -66,13 +71,12 @@ def _score_batch(model, sequences: Sequence[tuple[Sequence[int], int]]) -> list[
     return scores
 
 
-def _predicted(model, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-    """log P of each of ``targets`` (N,) from ``hidden`` (N, D), and whether it is the likeliest token."""
+def _predicted(ops, hidden: Tensor, words: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log P of each of ``targets`` (N,) from ``hidden`` (N, D), and whether it is the likeliest token; both (N,)."""
     log_probs, likeliest = [], []
-    n = max(1, _LOGITS // model.config.vocab_size)
+    n = max(1, _LOGITS // len(words))
     for part, wanted in zip(hidden.split(n), targets.split(n), strict=True):
-        logits = model.ops.linear(part, model.wte.weight).float()
-        picked = logits.gather(1, wanted[:, None])[:, 0]
-        log_probs += (picked - logits.logsumexp(1)).tolist()
-        likeliest += (logits.argmax(1) == wanted).tolist()
-    return log_probs, likeliest
+        logits = ops.linear(part, words).float()
+        log_probs.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1))
+        likeliest.append(logits.argmax(1) == wanted)
+    return torch.cat(log_probs), torch.cat(likeliest)

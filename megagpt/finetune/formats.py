@@ -76,17 +76,35 @@ def pronouns(path: Path) -> Part:
     with a blank line between them (Rahman and Ng). Where the pronoun is not ``[MASK]``, the first one that follows all
     candidates is meant.
     """
-    rows = readers.read(path, wanted=("text", "pronoun", "candidates")) if path.suffix != ".txt" else _records(path)
 
     def item(row: Row, index: int) -> Draft:
-        sentence, pronoun = readers.text(row, "text"), readers.text(row, "pronoun")
-        candidates = tuple(name.strip() for name in _texts(row, "candidates"))
-        before, after = _around(sentence, pronoun, candidates)
-        choices = tuple(_in_place(name, pronoun, before) + after for name in candidates)
-        label = readers.text(row, "label") if "label" in row.values else None
-        return Draft(str(index), (before.strip(),), label, choices, row.place)
+        before, names, after, label = _substitutions(row)
+        return Draft(str(index), (before.strip(),), label, tuple(name + after for name in names), row.place)
 
-    return part_of(rows, item)
+    return part_of(_pronoun_rows(path), item)
+
+
+def substitutions(path: Path) -> Part:
+    """As :func:`pronouns`, with what stands before and after the pronoun as texts and the candidates as choices."""
+
+    def item(row: Row, index: int) -> Draft:
+        before, names, after, label = _substitutions(row)
+        return Draft(str(index), (before, after), label, names, row.place)
+
+    return part_of(_pronoun_rows(path), item)
+
+
+def _pronoun_rows(path: Path) -> Rows:
+    return readers.read(path, wanted=("text", "pronoun", "candidates")) if path.suffix != ".txt" else _records(path)
+
+
+def _substitutions(row: Row) -> tuple[str, tuple[str, ...], str, str | None]:
+    """What stands before the pronoun, each candidate as it is written in its place, what follows, and the label."""
+    sentence, pronoun = readers.text(row, "text"), readers.text(row, "pronoun")
+    candidates = tuple(name.strip() for name in _texts(row, "candidates"))
+    before, after = _around(sentence, pronoun, candidates)
+    names = tuple(_in_place(name, pronoun, before) for name in candidates)
+    return before, names, after, readers.text(row, "label") if "label" in row.values else None
 
 
 def _around(sentence: str, pronoun: str, candidates: tuple[str, ...]) -> tuple[str, str]:

@@ -4,7 +4,7 @@ A task's folder holds its published files under their own names. Where a public 
 which column is what, so the files of the GLUE benchmark and those of its parts published elsewhere are read alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from megagpt.finetune.drafts import (
     set_label,
     split,
 )
-from megagpt.finetune.examples import TaskData
+from megagpt.finetune.examples import Split, TaskData
 from megagpt.finetune.own_data import tree, with_ancestors
 
 Files = dict[str, tuple[str, ...]]  # of each split the names its file may have; with a slash at the end, a folder
@@ -242,6 +242,27 @@ def load_task(name: str, folder: str | Path) -> TaskData:
         text_columns=task.text[:1] if task.joined else task.text,
         choice_columns=("choice1", "choice2") if task.kind == "choose" else (),
     )
+
+
+def find_splits(task: Task, folder: str | Path, names: Sequence[str]) -> dict[str, list[Path]]:
+    """The files, or folders, of those of the splits ``names`` that are there; empty where none is."""
+    files = {"train": task.train, **task.valid, **task.test}
+    for base in (Path(folder), Path(folder) / "tasks"):
+        for sub in ("", task.name, *task.folders):
+            found = {name: paths for name in names if (paths := files_of(base / sub, files[name]))}
+            if found:
+                return found
+    return {}
+
+
+def load_splits(task: Task, folder: str | Path, names: Sequence[str]) -> dict[str, Split]:
+    """Those of the splits ``names`` that are there, and no other file: a whole task may take minutes to read.
+
+    ``task`` has its classes' names or is of kind choose. Raises DataError where a file cannot be used.
+    """
+    _, _, to_label = _labels(task, Part())
+    found = find_splits(task, folder, names)
+    return {name: split(name, _read(task, paths), to_label) for name, paths in found.items()}
 
 
 def _labels(task: Task, train: Part):

@@ -32,9 +32,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(_BLOCKS[kind](config, ops) for _ in range(config.n_layer))
         self.ln_f = AddLayerNorm(config, ops, prenorm=False) if kind == "pre" else None
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets (B, T) int64 their mean cross-entropy in float32; -100 is ignored."""
-        hidden, words = self.hidden_and_words(ids)
+    def forward(self, ids: Tensor, targets: Tensor | None = None, *, rows: Tensor | None = None, then=None):
+        """Logits (B, T, V), or with targets (B, T) int64 their mean cross-entropy in float32; -100 is ignored.
+
+        ``then(hidden, words)`` makes something else of the states, of ``rows`` alone where they are given, and of the
+        output projection's weight: within this call, for under ZeRO-3 that weight is whole for as long as it lasts.
+        """
+        hidden, words = self.hidden_and_words(ids, rows)
+        if then is not None:
+            return then(hidden, words)
         if targets is None:
             return self.ops.linear(hidden, words)
         return self.ops.linear_cross_entropy(hidden.flatten(0, 1), words, targets.flatten())

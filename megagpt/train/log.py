@@ -10,6 +10,7 @@ from megagpt.secrets import hide
 from megagpt.train import events, report
 from megagpt.train.console import open_console
 from megagpt.train.metrics import MetricsFile
+from megagpt.train.zeroshot import as_record
 
 _SCALARS = {
     "loss": "train/loss",
@@ -86,6 +87,16 @@ class RunLog:
             except OSError as error:
                 self._warn_once("metrics.jsonl", f"cannot be cut back ({error.strerror})")
             self._cut_tensorboard(last_step)
+
+    def zeroshot(self, results: dict[str, dict], step: int) -> None:
+        """Log the figures of tasks that the model was asked at ``step`` without being trained for them."""
+        if not self.is_main:
+            return
+        named = as_record(results)
+        self._write({"step": step, **named})
+        scores = ", ".join(f"{task} {figures['score']:.2f}" for task, figures in results.items())
+        self.message(f"zero-shot at iteration {step}: {scores}")
+        self._send([(tag, value, step) for tag, value in named.items()])
 
     def message(self, text: str) -> None:
         """Show one line to the user."""

@@ -21,6 +21,7 @@ from megagpt.train.saving import Saver
 from megagpt.train.schedule import Schedule
 from megagpt.train.stopping import NOTHING, STOP, StopRequests
 from megagpt.train.stragglers import RankTimes
+from megagpt.train.zeroshot import is_due
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Intervals:
     first: int = 0  # where this loop's part of the run begins
     save_evaluated: bool = False  # save after every evaluation as well
     compare_ranks: int = 0
+    zeroshot: int = 0  # the first time; then at twice as many steps, and again
 
 
 def next_token_loss(engine, ids: Tensor) -> Tensor:
@@ -56,8 +58,9 @@ class Loop:
 
     ``forward(engine, batch)`` is a micro-batch's loss and ``tokens_of(step)`` the number of tokens in a global batch.
     ``evaluate()`` returns {name: {"loss": ...}} over the validation sets (empty without any) and leaves the model in
-    training mode and every random generator as it was. The checkpoint with the lowest ``badness(results)`` is the best
-    one; ``on_best()`` is called when a new one is saved and ``before_save()`` before each save, both on every rank.
+    training mode and every random generator as it was; so does ``zeroshot()``, with {task: figures}. The checkpoint
+    with the lowest ``badness(results)`` is the best one; ``on_best()`` is called when a new one is saved and
+    ``before_save()`` before each save, both on every rank.
     With a ``rewinder`` a bad update takes the run back to its last checkpoint, and ``make_batches(state)`` gives the
     batches from there.
     """
@@ -90,6 +93,7 @@ class Loop:
         on_nan: str = "skip",
         spike_factor: float | None = None,
         rewinder: Rewinder | None = None,
+        zeroshot: Callable[[], dict[str, dict]] | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -110,6 +114,7 @@ class Loop:
         self.badness = badness
         self.on_best = on_best
         self.before_save = before_save
+        self.zeroshot = zeroshot
         self.stop = stop or StopRequests()
         self.saver = Saver(
             engine,
@@ -187,9 +192,9 @@ class Loop:
         return without(rewind.left_out(self.state.rewinds), last)
 
     def _heed_requests(self) -> None:
-        soon = (
-            self._evaluation_seconds if due(self.state.step + 1 - self.intervals.first, self.intervals.evaluate) else 0
-        )
+        step = self.state.step + 1 - self.intervals.first
+        evaluates = due(step, self.intervals.evaluate) or is_due(step, self.intervals.zeroshot)
+        soon = self._evaluation_seconds if evaluates else 0
         level = self.stop.agree(self.engine.device, checkpoint_bytes=self.checkpoint_bytes, soon=soon)
         if level == NOTHING:
             return
@@ -258,6 +263,8 @@ class Loop:
         if due(step, self.intervals.compare_ranks):
             replicas.check(self.engine, self.config, self.state.step)
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
+        if is_due(step, self.intervals.zeroshot) or last:
+            self.ask_tasks()
         # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
         wanted = due(step, self.intervals.save) or (evaluated and self.intervals.save_evaluated)
         if (wanted and not self.numbers.in_trouble) or last:
@@ -305,6 +312,18 @@ class Loop:
         self.stop.look_again()
         self._mark_time()
         return bool(results)
+
+    def ask_tasks(self) -> None:
+        """Ask the tasks that the model is not trained for, if there are any, and log how it does."""
+        if self.zeroshot is None:
+            return
+        begun = time.perf_counter()
+        dist.beat("evaluation", self.state.step)
+        results = self.zeroshot()
+        self._evaluation_seconds = max(self._evaluation_seconds, time.perf_counter() - begun)
+        self.log.zeroshot(results, self.state.step)
+        self.stop.look_again()
+        self._mark_time()
 
     def _mark_time(self) -> None:
         """From here on counts for the next log line: evaluation and saving are not part of a step's time."""

@@ -15,6 +15,7 @@ from megagpt.train import manifest
 from megagpt.train.corpus import Corpora, open_corpora
 from megagpt.train.ranks import keep_global_batch
 from megagpt.train.schedule import Schedule
+from megagpt.train.zeroshot import Probe, open_probe
 
 _DEFAULT_MODEL = "gpt1"
 _SHAPE = ("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size")
@@ -34,6 +35,7 @@ class Plan:
     schedule: Schedule
     optimiser: dict  # name, lr, betas, eps, weight_decay
     init_weights: Path | None  # checkpoint folder or .safetensors file that the weights come from
+    zeroshot: Probe | None = None  # what the model is asked on the way
 
     @property
     def model_name(self) -> str:
@@ -132,6 +134,7 @@ def make_plan(settings: TrainSettings, raw: dict, world: dist.World) -> Plan:
         schedule=_schedule(settings, optimiser, total),
         optimiser=optimiser,
         init_weights=Path(settings.init_from) if settings.init_from else None,
+        zeroshot=open_probe(settings, corpora, model.seq_len),
     )
 
 

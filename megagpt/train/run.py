@@ -27,6 +27,7 @@ from megagpt.train import (
     restarts,
     resume,
     rewind,
+    zeroshot,
 )
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
@@ -82,11 +83,16 @@ def _train(plan: Plan, world: dist.World, device: torch.device, begun: float, st
     with opened(plan, world, device, stop) as loop:
         if loop.state.step == 0:
             loop.run_evaluation()
+            loop.ask_tasks()
         loop.run()
         if loop.saver.mirror is not None:
             loop.saver.mirror.finish()
         checkpoint_folder = plan.root / manifest.tag_name(loop.state.step)
         last = {"last_start_wall_seconds": time.time() - begun, "checkpoint": str(checkpoint_folder)}
+        if plan.zeroshot is not None and dist.is_main():
+            loop.log.sync()
+            for line in zeroshot.write_trajectory(plan.run_dir, plan.zeroshot):
+                loop.log.message(line)
         loop.log.finish({**plan.summary(), **last, "rewinds": len(loop.state.rewinds)})
 
 
@@ -185,6 +191,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
             settings.save_interval,
             settings.keep_last,
             compare_ranks=settings.compare_ranks_interval,
+            zeroshot=settings.zeroshot_interval,
         ),
         state=state,
         root=plan.root,
@@ -200,6 +207,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         on_nan=settings.on_nan,
         spike_factor=settings.spike_factor,
         rewinder=rewinder if settings.on_nan == "rewind" else None,
+        zeroshot=_asker(engine, plan, batch),
     )
 
 
@@ -226,6 +234,21 @@ def _evaluator(engine, plan: Plan, batch: BatchPlan, device: torch.device):
         return results
 
     return evaluate
+
+
+def _asker(engine, plan: Plan, batch: BatchPlan):
+    """A function that asks the tasks of --zeroshot_interval and leaves the model in training mode; None without any."""
+    if plan.zeroshot is None:
+        return None
+
+    def ask() -> dict[str, dict]:
+        engine.eval()
+        place = {"rank": batch.rank, "world_size": batch.world_size}
+        results = plan.zeroshot.run(engine.module, batch_size=batch.micro_batch, **place)
+        engine.train()
+        return results
+
+    return ask
 
 
 def _build_optimizer(model, plan: Plan, device: torch.device):

@@ -1,0 +1,1 @@
+"""Tasks answered by a language model that was never trained for them."""

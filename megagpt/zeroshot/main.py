@@ -1,0 +1,167 @@
+"""``megagpt zeroshot``: tasks answered by a model that was not trained for them, and by the checkpoints of a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megagpt import dist
+from megagpt.config.flags import parse_flags
+from megagpt.data.storage import write_atomically
+from megagpt.errors import CheckpointError, ConfigError
+from megagpt.evaluate.measure import ranks, table
+from megagpt.evaluate.source import Source, open_source
+from megagpt.train import manifest
+from megagpt.zeroshot.results import HEADER, measure, parse_references, table_row
+from megagpt.zeroshot.scoring import LogProbs, option_scores, token_log_probs
+from megagpt.zeroshot.tasks import Asked, Sequences, encode, load_tasks, parse_names
+from megagpt.zeroshot.trajectory import write_trajectory
+
+ALIASES = {"run": "from"}
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class ZeroshotSettings:
+    """Ask a language model tasks it was not trained for: megagpt zeroshot --from runs/gpt1 --task_data data/tasks"""
+
+    task_data: str  # folder with the tasks' published files, or with a folder for each task
+    from_: tuple[str, ...] = ()  # run folders, checkpoint folders or .safetensors files; several are also averaged
+    trajectory: str | None = None  # instead: a run folder, of which every checkpoint that is kept is asked
+    tasks: tuple[str, ...] = ()  # cola, sst2, race, winograd, pdp60, copa; all whose files are there by default
+    scoring: Literal["partial", "full"] = "partial"  # winograd, pdp60, copa: a part of the text, or all
+    limit: int | None = None  # questions of each task, evenly spread over it; all by default
+    references: tuple[str, ...] = ()  # TASK=PERCENT, which the normalised figures call 1; the paper's by default
+
+    output: str | None = None  # of --trajectory: folder for trajectory.csv and trajectory.png; the run's by default
+    json: str | None = None  # a file for all figures
+    batch_size: int = 16  # texts at once on each rank
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
+    tokenizer: str | None = None  # a tokenizer.json; the run folder's by default
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value} must be at least 1")
+        if bool(self.from_) == (self.trajectory is not None):
+            raise ConfigError("megagpt zeroshot needs one of --from RUN [RUN ...] and --trajectory RUN")
+        if self.output is not None and self.trajectory is None:
+            raise ConfigError("--output is for --trajectory; the figures of --from go into --json FILE")
+        parse_names(self.tasks)
+        parse_references(self.references)
+
+
+class _Read:
+    """Tasks as models read them: those with the same tokenizer and context read the same."""
+
+    def __init__(self, asked: list[Asked]) -> None:
+        self.asked = asked
+        self._found: dict[tuple[str, int], list[Sequences]] = {}
+
+    def by(self, source: Source) -> list[Sequences]:
+        tokenizer, context = source.tokenizer, source.config.seq_len
+        key = (tokenizer.sha256, context)
+        if key not in self._found:
+            self._found[key] = [encode(task, tokenizer, context) for task in self.asked]
+        return self._found[key]
+
+
+def zeroshot_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``megagpt zeroshot``, on every rank where a launcher started several."""
+    settings = parse_flags(ZeroshotSettings, argv, prog="megagpt zeroshot", aliases=ALIASES)
+    named, notes = (settings.from_, []) if settings.trajectory is None else kept_checkpoints(Path(settings.trajectory))
+    sources = [open_source(name, tokenizer=settings.tokenizer) for name in named]
+    asked = load_tasks(parse_names(settings.tasks), settings.task_data, scoring=settings.scoring, limit=settings.limit)
+    read = _Read(asked)
+    for source in sources:  # what cannot be asked is told before anything is computed
+        read.by(source)
+    with ranks() as (world, device):
+        for note in notes:
+            _say(note)
+        if settings.trajectory is None:
+            figures = _models(settings, sources, read, world, device)
+        else:
+            figures = _checkpoints(settings, sources, read, world, device)
+        if dist.is_main() and settings.json:
+            about = {"task_data": settings.task_data, "scoring": settings.scoring, "dtype": settings.dtype}
+            write_atomically(Path(settings.json), (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+    return 0
+
+
+def kept_checkpoints(run: Path) -> tuple[list[str], list[str]]:
+    """The intact checkpoints of a run, oldest first, and a line for each other one. Raises CheckpointError."""
+    found, notes = [], []
+    for folder in reversed(manifest.folders(manifest.root_of(run))):
+        reason = manifest.problem(folder)
+        if reason is None:
+            found.append(str(folder))
+        else:
+            notes.append(f"skipped checkpoint {folder.name}: {reason}")
+    if not found:
+        raise CheckpointError(f"{notes[0]}, and there is no other") if notes else manifest.nothing_there(run)
+    return found, notes
+
+
+def _models(settings: ZeroshotSettings, sources: list[Source], read: _Read, world, device) -> dict:
+    """The figures of every model and, of several, of all together."""
+    found = [_log_probs(settings, source, read, world, device) for source in sources]
+    groups = {name: [log_probs] for name, log_probs in zip(_names(settings.from_), found, strict=True)}
+    if len(found) > 1:
+        groups[ENSEMBLE] = found
+    same = len({source.tokenizer.sha256 for source in sources}) == 1
+    if len(found) > 1 and not same:
+        _say("different tokenizers: the ensemble averages the options' scores, not the tokens' probabilities")
+    models = {name: _measured(settings, read.asked, group, same) for name, group in groups.items()}
+    several = len(models) > 1
+    header = [*(["model"] if several else []), *HEADER]
+    rows = [
+        [*([name] if several else []), *table_row(task, figures)]
+        for name, tasks in models.items()
+        for task, figures in tasks.items()
+    ]
+    _say(table(header, rows))
+    return {"models": models}
+
+
+def _checkpoints(settings: ZeroshotSettings, sources: list[Source], read: _Read, world, device) -> dict:
+    """The figures of every checkpoint, in a file for a spreadsheet and a picture too."""
+    steps = []
+    for source in sources:
+        tasks = _measured(settings, read.asked, [_log_probs(settings, source, read, world, device)], True)
+        steps.append({"step": manifest.step_of(source.path), "tasks": tasks})
+        scores = ", ".join(f"{name} {figures['score']:.2f}" for name, figures in tasks.items())
+        _say(f"step {steps[-1]['step']:,}: {scores}")
+    if dist.is_main():
+        folder = Path(settings.output or settings.trajectory)
+        for line in write_trajectory(steps, folder, "trajectory"):
+            _say(line)
+    return {"run": settings.trajectory, "trajectory": steps}
+
+
+def _log_probs(settings: ZeroshotSettings, source: Source, read: _Read, world, device) -> list[LogProbs]:
+    """Of every task, with the model in memory for as long as it takes."""
+    model = dist.everywhere(lambda: source.build(device, settings.dtype))
+    place = {"rank": world.rank, "world_size": world.world_size}
+    return [token_log_probs(model, found, batch_size=settings.batch_size, **place) for found in read.by(source)]
+
+
+def _measured(settings: ZeroshotSettings, asked: list[Asked], models: list[list[LogProbs]], same: bool) -> dict:
+    """{task: figures} of models together, each with the log-probabilities of every task."""
+    references = parse_references(settings.references)
+    found = {}
+    for i, task in enumerate(asked):
+        scores = option_scores(task, [log_probs[i] for log_probs in models], same_tokens=same)
+        found[task.name] = measure(task, scores, references)
+    return found
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Of models: their paths, with a number where one is named twice."""
+    return [path if paths.count(path) == 1 else f"{path} ({i + 1})" for i, path in enumerate(paths)]
+
+
+def _say(text: str) -> None:
+    if dist.is_main():
+        print(text, flush=True)
