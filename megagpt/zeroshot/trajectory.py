@@ -49,7 +49,7 @@ def plot(steps: Sequence[dict], path: Path) -> tuple[Path | None, str | None]:
     """Draw the curves to ``path``; the path, or None and the reason why not."""
     drawn = curves(steps)
     if not drawn:
-        return None, "no task has a reference to be compared with; give --references TASK=PERCENT"
+        return None, "no task with a reference was asked after an update; --references TASK=PERCENT gives one"
     if importlib.util.find_spec("matplotlib") is None:
         return None, "matplotlib is not installed (pip install 'megagpt[plots]')"
     from matplotlib.figure import Figure
