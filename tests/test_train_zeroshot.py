@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from checkpoint_common import arguments
+from checkpoint_common import arguments, curve
 from distributed import train
 from test_evaluate_generate import byte_tokenizer
 from test_zeroshot import FILES
@@ -40,6 +40,12 @@ def flags(folder, run_dir, **changes):
     return arguments(run_dir, **{"stage": 3, "max_steps": 5, **asked, **changes})
 
 
+def given(words):
+    """``words`` without the flags whose value is None."""
+    pairs = [(words[i], words[i + 1]) for i in range(0, len(words), 2) if words[i + 1] is not None]
+    return [str(word) for pair in pairs for word in pair]
+
+
 def logged(run_dir):
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     asked = [r for r in records if "zeroshot/sst2/score" in r]
@@ -69,6 +75,18 @@ def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, 
     assert (run / "trajectory.png").exists()
 
 
+def test_asking_changes_nothing_about_the_training(folder, tmp_path):
+    curves = []
+    for interval in (1, 0):
+        asked = {} if interval else {"zeroshot_interval": 0, "zeroshot_data": None}
+        words = flags(folder, tmp_path / str(interval), stage=0, dropout=0.1, **asked)
+        codes, output = train(given(words), 1)
+        assert codes == [0], output
+        curves.append([r["loss"] for r in curve(tmp_path / str(interval)) if "loss" in r])
+    assert len(curves[0]) == 5
+    assert curves[0] == curves[1]
+
+
 def test_tasks_are_asked_at_steps_that_double():
     assert [step for step in range(100) if is_due(step, 3)] == [3, 6, 12, 24, 48, 96]
     assert not any(is_due(step, 0) for step in range(10))
@@ -89,8 +107,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_flags_that_do_not_go_together_are_told_before_anything_is_written(folder, tmp_path, case):
     changes, message = BAD[case]
-    words = flags(folder, tmp_path / "run", **changes)
-    pairs = [(words[i], words[i + 1]) for i in range(0, len(words), 2) if words[i + 1] is not None]
+    words = given(flags(folder, tmp_path / "run", **changes))
     with pytest.raises(ConfigError, match=message):
-        planned([str(word) for pair in pairs for word in pair])
+        planned(words)
     assert not (tmp_path / "run").exists()

@@ -139,6 +139,18 @@ def test_log_probabilities_are_those_worked_out_by_hand():
     assert found[1] == pytest.approx([math.log(0.1)], abs=1e-4)
 
 
+def test_answers_to_one_question_are_read_once_where_they_differ_in_the_last_word_alone():
+    model, shapes = two_words(0.9), []
+    model.wte.register_forward_pre_hook(lambda module, ids: shapes.append(tuple(ids[0].shape)))
+    task = asked("sst2", Question("0", ("b a",) * 2, ("a", "b"), 0), Question("1", ("a a",) * 2, ("a", "b a"), 0))
+    found = token_log_probs(model, encode(task, words(), 8), batch_size=4)
+    assert shapes == [(7,)], "real positions of b a, a a and a a b"
+    expected = [[0.9], [0.1], [0.9], [0.1, 0.1]]
+    assert [[math.exp(x) for x in option] for option in found] == [
+        pytest.approx(option, abs=1e-4) for option in expected
+    ]
+
+
 def test_a_text_with_nothing_before_it_and_no_end_of_text_begins_unscored():
     task = asked("cola", Question("0", ("",), ("a a b b",), 1), Question("1", ("",), ("a",), 1))
     found = log_probs(two_words(0.9), task)

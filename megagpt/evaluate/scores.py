@@ -51,12 +51,15 @@ def score(
 def _score_batch(model, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
     device, room = model.wte.weight.device, model.config.seq_len + 1
     kept = [(list(ids)[-room:], max(1, first - max(0, len(ids) - room))) for ids, first in sequences]
-    T = max(len(ids) for ids, _ in kept) - 1
-    ids = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in kept], device=device)
-    lengths = torch.tensor([len(ids) - 1 for ids, _ in kept], device=device)
+    row_of: dict[tuple[int, ...], int] = {}  # answers of one token to one question are read together
+    for ids, _ in kept:
+        row_of.setdefault(tuple(ids[:-1]), len(row_of))
+    T = max(map(len, row_of))
+    ids = torch.tensor([[*read, *[0] * (T - len(read))] for read in row_of], device=device)
+    lengths = torch.tensor([len(read) for read in row_of], device=device)
     rows = (torch.arange(T, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
     begins = [0, *lengths.cumsum(0).tolist()]
-    at = [begins[i] + p for i, (ids, first) in enumerate(kept) for p in range(first - 1, len(ids) - 1)]
+    at = [begins[row_of[tuple(ids[:-1])]] + p for ids, first in kept for p in range(first - 1, len(ids) - 1)]
     targets = torch.tensor([token for ids, first in kept for token in ids[first:]], device=device, dtype=torch.long)
     at = torch.tensor(at, device=device, dtype=torch.long)
     log_probs, likeliest = model(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.data.storage import write_atomically
+from megagpt.errors import StorageError
 
 COLUMNS = ("step", "task", "metric", "score", "random", "reference", "normalised", "n")
 
@@ -18,9 +19,12 @@ COLUMNS = ("step", "task", "metric", "score", "random", "reference", "normalised
 def write_trajectory(steps: Sequence[dict], folder: Path, name: str) -> list[str]:
     """Write ``name``.csv and ``name``.png into ``folder``; a line for the user about each.
 
-    ``steps`` are {"step": number of updates, "tasks": {task: what ``results.measure`` gives}}.
+    ``steps`` are {"step": number of updates, "tasks": {task: what ``results.measure`` gives}}. Raises StorageError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror}); give another folder") from None
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
