@@ -14,8 +14,8 @@ from megagpt.config.fields import parse
 from megagpt.data.main import prepare_main
 from megagpt.dist import resolve_world
 from megagpt.errors import ConfigError
+from megagpt.train.intervals import due_doubling
 from megagpt.train.plan import make_plan
-from megagpt.train.zeroshot import is_due
 from megagpt.zeroshot.main import zeroshot_main
 
 SHORT = ("cola/train.tsv", "cola/dev.tsv", "sst2/dev.tsv")
@@ -88,8 +88,8 @@ def test_asking_changes_nothing_about_the_training(folder, tmp_path):
 
 
 def test_tasks_are_asked_at_steps_that_double():
-    assert [step for step in range(100) if is_due(step, 3)] == [3, 6, 12, 24, 48, 96]
-    assert not any(is_due(step, 0) for step in range(10))
+    assert [step for step in range(100) if due_doubling(step, 3)] == [3, 6, 12, 24, 48, 96]
+    assert not any(due_doubling(step, 0) for step in range(10))
 
 
 def planned(words):

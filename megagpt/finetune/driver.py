@@ -26,8 +26,9 @@ from megagpt.ops import Ops
 from megagpt.train import checkpoint, folder, hardware, kernels, mirror, optim, report, restarts, resume
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan
+from megagpt.train.intervals import Intervals
 from megagpt.train.log import RunLog
-from megagpt.train.loop import Intervals, Loop
+from megagpt.train.loop import Loop
 from megagpt.train.mirror import Mirror
 from megagpt.train.seeds import seed_all
 from megagpt.train.stopping import StopRequests

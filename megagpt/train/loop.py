@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from megagpt.errors import NumericError, Stopped
 from megagpt.train import checkpoint, manifest, postmortem, replicas, rewind
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import MicroBatches, ranges, without
+from megagpt.train.intervals import Intervals, due, due_doubling
 from megagpt.train.mirror import Mirror
 from megagpt.train.numeric import Numbers
 from megagpt.train.rewind import Rewinder
@@ -21,22 +21,6 @@ from megagpt.train.saving import Saver
 from megagpt.train.schedule import Schedule
 from megagpt.train.stopping import NOTHING, STOP, StopRequests
 from megagpt.train.stragglers import RankTimes
-from megagpt.train.zeroshot import is_due
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """When things happen, in optimiser steps counted from ``first``; 0 means never."""
-
-    total: int
-    log: int
-    evaluate: int
-    save: int
-    keep_last: int
-    first: int = 0  # where this loop's part of the run begins
-    save_evaluated: bool = False  # save after every evaluation as well
-    compare_ranks: int = 0
-    zeroshot: int = 0  # the first time; then at twice as many steps, and again
 
 
 def next_token_loss(engine, ids: Tensor) -> Tensor:
@@ -47,10 +31,6 @@ def next_token_loss(engine, ids: Tensor) -> Tensor:
 def mean_loss(results: dict[str, dict]) -> float:
     """The mean over the validation sets of the loss on each."""
     return sum(record["loss"] for record in results.values()) / len(results)
-
-
-def due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 class Loop:
@@ -193,7 +173,7 @@ class Loop:
 
     def _heed_requests(self) -> None:
         step = self.state.step + 1 - self.intervals.first
-        evaluates = due(step, self.intervals.evaluate) or is_due(step, self.intervals.zeroshot)
+        evaluates = due(step, self.intervals.evaluate) or due_doubling(step, self.intervals.zeroshot)
         soon = self._evaluation_seconds if evaluates else 0
         level = self.stop.agree(self.engine.device, checkpoint_bytes=self.checkpoint_bytes, soon=soon)
         if level == NOTHING:
@@ -263,7 +243,7 @@ class Loop:
         if due(step, self.intervals.compare_ranks):
             replicas.check(self.engine, self.config, self.state.step)
         evaluated = bool(due(step, self.intervals.evaluate) or last) and self.run_evaluation()
-        if is_due(step, self.intervals.zeroshot) or last:
+        if due_doubling(step, self.intervals.zeroshot) or last:
             self.ask_tasks()
         # While updates are skipped the run may be lost, and its checkpoints must not push out those from before.
         wanted = due(step, self.intervals.save) or (evaluated and self.intervals.save_evaluated)

@@ -32,8 +32,9 @@ from megagpt.train import (
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan, MicroBatches
 from megagpt.train.corpus import data_lines
+from megagpt.train.intervals import Intervals
 from megagpt.train.log import RunLog
-from megagpt.train.loop import Intervals, Loop
+from megagpt.train.loop import Loop
 from megagpt.train.plan import Plan
 from megagpt.train.seeds import seed_all
 from megagpt.train.stopping import StopRequests

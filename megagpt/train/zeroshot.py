@@ -59,12 +59,6 @@ def open_probe(settings: TrainSettings, corpora: Corpora, context: int) -> Probe
     return Probe(asked, [encode(task, reader, context) for task in asked])
 
 
-def is_due(step: int, interval: int) -> bool:
-    """Whether ``step`` is ``interval``, or 2, 4, 8, ... times that: evenly spaced on a logarithmic axis."""
-    times, rest = divmod(step, interval) if interval else (0, 0)
-    return times > 0 and rest == 0 and times & (times - 1) == 0
-
-
 def as_record(results: dict[str, dict]) -> dict[str, float]:
     """The numbers of :meth:`Probe.run` under the names that the log has for them."""
     return {
