@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megagpt.errors import ConfigError
 from megagpt.model.cache import KeyValueCache, Prefill, Step
+from megagpt.model.decoding import for_decoding
 from megagpt.model.sampling import Sampling, Stream, draw
 
 _PREFILLED = 1 << 13  # tokens of prompts that are read at once
@@ -69,7 +70,8 @@ class Generation:
     """Texts that a model in evaluation mode goes on with, ``max_texts`` at once.
 
     Memory is taken once: keys and values of ``max_texts`` texts of ``max_tokens`` tokens, the model's context by
-    default. Without ``cache``, and for a recurrent model, every step reads all of a text again. Tokens from
+    default, and on a CPU the weights in a second layout where several texts gain by it; the model must not change
+    meanwhile. Without ``cache``, and for a recurrent model, every step reads all of a text again. Tokens from
     ``vocab_size`` on, rows of the table that no text has, are never drawn.
     """
 
@@ -82,11 +84,12 @@ class Generation:
         vocab_size: int | None = None,
         cache: bool = True,
     ) -> None:
-        self.model, self.max_texts = model, max_texts
+        self.max_texts = max_texts
         self.seq_len = model.config.seq_len
         self.texts: list[Text] = []  # text i is row i of the cache
         self._table = model.wte.weight[:vocab_size]
         self._device = self._table.device
+        self.model, self._linear = for_decoding(model, self._table, max_texts)
         self._cache = None
         if cache and model.config.backbone == "transformer":
             positions = min(max_tokens or self.seq_len, self.seq_len)
@@ -137,14 +140,14 @@ class Generation:
         if self._cache is None:
             seen = [torch.tensor([text.ids[text._begin :]], device=self._device) for text in texts]
             hidden = torch.cat([self.model.hidden(ids)[:, -1] for ids in seen])
-            return self.model.ops.linear(hidden, self._table)
+            return self._linear(hidden, self._table)
         for rows in self._unread(texts):
             self._prefill(rows)
         step = Step(self._cache, [text._read for text in texts])
         ids = torch.tensor([[text.ids[-1]] for text in texts], device=self._device)
         for text in texts:
             text._read += 1
-        return self.model.ops.linear(self.model.read(ids, step)[:, 0], self._table)
+        return self._linear(self.model.read(ids, step)[:, 0], self._table)
 
     def _move_windows(self, texts: list[Text]) -> None:
         for text in texts:

@@ -27,6 +27,7 @@ class Ops:
     layer_norm: Callable
     dropout: Callable
     linear: Callable
+    linear_packer: Callable
     linear_cross_entropy: Callable
     weighted_cross_entropy: Callable
     name: str = "torch"

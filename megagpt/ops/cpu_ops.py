@@ -4,6 +4,7 @@ Two facts decide here. A CPU without 16-bit arithmetic emulates it: products are
 tensors. And random bits are slow, so dropout reads its masks from a pool.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megagpt.ops import torch_ops
 from megagpt.ops.masks import PooledMasks
+from megagpt.ops.packed_linear import PackedLinear, can_pack
 from megagpt.ops.precision import product_dtype
 from megagpt.ops.torch_ops import bias_gelu, layer_norm, linear_cross_entropy, weighted_cross_entropy
 
@@ -24,6 +26,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_packer",
     "packed_attention",
     "weighted_cross_entropy",
     "why_not",
@@ -65,6 +68,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if few or product_dtype(x) == x.dtype:
         return F.linear(x, weight, bias)
     return _WideLinear.apply(x, weight, bias)
+
+
+def linear_packer(n_weights: int, *, rows: int, like: Tensor) -> Callable | None:
+    """``torch_ops.linear_packer``."""
+    dtype = product_dtype(like)
+    if dtype == torch.float16 or not can_pack(n_weights, rows=rows, dtype=dtype):
+        return None
+    return partial(PackedLinear, rows=rows, dtype=dtype, linear=linear)
 
 
 dropout = partial(torch_ops.dropout, masks=PooledMasks)

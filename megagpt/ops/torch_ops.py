@@ -5,6 +5,8 @@ tensor on the data's device, or None without dropout: a mask is a function of (s
 again in a backward pass or a recomputed forward pass without any generator's state.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_packer",
     "packed_attention",
     "weighted_cross_entropy",
     "why_not",
@@ -49,6 +52,14 @@ def packed_attention(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias; x (..., D_in), weight (D_out, D_in), bias (D_out,)."""
     return F.linear(x, weight, bias)
+
+
+def linear_packer(n_weights: int, *, rows: int, like: Tensor) -> Callable | None:
+    """What makes of a weight the ``linear`` to use with it in inference, or None where ``linear`` itself is as good.
+
+    For a model of ``n_weights`` weights like ``like``, which must not change any more, and up to ``rows`` rows at once.
+    """
+    return None
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megagpt.ops.torch_ops import linear, weighted_cross_entropy
+from megagpt.ops.torch_ops import linear, linear_packer, weighted_cross_entropy
 
-__all__ = ["linear", "weighted_cross_entropy", "why_not"]
+__all__ = ["linear", "linear_packer", "weighted_cross_entropy", "why_not"]
 
 
 def why_not(*, head_width: int, dtype: torch.dtype, device: torch.device, asked_for: bool = True) -> str | None:
