@@ -13,7 +13,7 @@ SECTIONS = {
     "cpu_data": {"prepare", "reads", "huge"},
     "cpu_train": {"quick fp32", "quick bf16"},
     "cpu_finetune": {"quick"},
-    "cpu_checkpoint": {"save", "restart"},
+    "cpu_checkpoint": {"save", "stall", "restart"},
     "cpu_generate": {f"{dtype}, batch {n}" for dtype in ("float32", "bfloat16") for n in (1, 8)},
 }
 

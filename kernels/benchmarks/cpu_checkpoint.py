@@ -4,15 +4,15 @@
 
 A save of weights and Adam's moments in four forms: torch.save as it is (bytes in the page cache, no hash), the same
 followed by fsync, the same followed by fsync and SHA-256, and ours, which promises what the last one does and a rename
-besides. Beside them what the disk allows: the same bytes, ready in memory, written and forced to disk. Then the seconds
-from starting train.py to the first step of a resumed run. The disk is that of the folder for temporary files; TMPDIR
-names another.
+besides. Beside them what the disk allows: the same bytes, ready in memory, written and forced to disk. Then how long a
+run waits for a save, at once and in the background, and the seconds from starting train.py to the first step of a
+resumed run. The disk is that of the folder for temporary files; TMPDIR names another.
 """
 
 import hashlib
 import json
 import os
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +23,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
+import timed_train
 import timing
 import torch
 from training import write_corpus
@@ -50,6 +51,8 @@ def main() -> None:
     report = timing.Report("cpu_checkpoint", timing.machine("torch", "deepspeed"), args.output)
     with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
         report.add("save", *bench_save(Path(folder), layers, rounds))
+    with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
+        report.add("stall", *bench_stall(Path(folder), layers, saves=rounds))
     with tempfile.TemporaryDirectory(prefix="megagpt-bench-") as folder:
         report.add("restart", *bench_restart(Path(folder), layers, rounds=1 if args.quick else 3))
 
@@ -139,35 +142,59 @@ def write_bytes(contents: list[bytes], folder: Path) -> None:
         manifest.fsync(path)
 
 
-# -- restarting
+# -- in a run
+
+
+def bench_stall(folder: Path, layers: int, saves: int) -> tuple[dict, str]:
+    """Seconds of a step with and without a save, and of the steps from one save to the next, for each way of saving."""
+    every = 6  # steps, so that a save in the background is done before the next one
+    write_run(folder)
+    kinds = {"at once": [], "in the background": ["--async_save"]}
+    steps = {
+        kind: train(folder, kind, layers, *more, max_steps=every * (saves + 1) + 1, save_interval=every)["steps"]
+        for kind, more in kinds.items()
+    }
+    # The first steps are warm-up; the last save of a run is always waited for.
+    kept = {kind: values[every:-1] for kind, values in steps.items()}
+    plain = statistics.median(s for i, s in enumerate(kept["at once"]) if (i + 1) % every)
+    figures, rows = {"step without a save": plain}, []
+    for kind, values in kept.items():
+        saving, cycle = values[every - 1 :: every], [sum(values[i : i + every]) for i in range(0, len(values), every)]
+        figures[kind] = {"saving step": timing.spread(saving), "cycle": timing.spread(cycle)}
+        waits = statistics.median(saving) - plain, statistics.median(cycle) - every * plain
+        rows.append([kind, figures[kind]["saving step"], f"{waits[0]:.2f}", f"{waits[1]:.2f}"])
+    header = ["saved", "step with a save, s", "more than one without, s", f"more in {every} steps, s"]
+    title = f"## What a save costs a run: {layers} layers x {WIDTH}, fp32, ZeRO-1, one rank, {saves} saves"
+    return figures, f"{title}\n\nA step without a save takes {plain:.2f} s.\n\n{timing.table(header, rows)}"
 
 
 def bench_restart(folder: Path, layers: int, rounds: int) -> tuple[dict, str]:
-    """Seconds from the start of train.py to the log line of a resumed run's first step."""
-    write_corpus(folder / "corpus", np.random.default_rng(0).integers(0, VOCAB, 1_000_000), VOCAB)
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    train(folder, layers, steps=1)
-    seconds = timing.spread(train(folder, layers, steps=step) for step in range(2, 2 + rounds))
+    """Seconds from the start of train.py to the end of a resumed run's first step, and of the parts."""
+    write_run(folder)
+    train(folder, "run", layers, max_steps=1)
+    found = [train(folder, "run", layers, max_steps=step)["parts"] for step in range(2, 2 + rounds)]
+    seconds = {part: timing.spread(parts[part] for parts in found) for part in found[0]}
     title = f"## Restart to the first step, {layers} layers x {WIDTH}"
-    return {"seconds": seconds}, f"{title}\n\n{seconds} s (goal 15)"
+    rows = [[part, value] for part, value in seconds.items() if part != "in all"]
+    return {"seconds": seconds}, f"{title}\n\n{seconds['in all']} s (goal 15)\n\n{timing.table(['part', 's'], rows)}"
 
 
-def train(folder: Path, layers: int, *, steps: int) -> float:
-    """Run train.py up to ``steps``; the seconds until the last one's line in its log."""
-    flags = {"ds_config": folder / "ds.json", "data": folder / "corpus", "run_dir": folder / "run"}
+def write_run(folder: Path) -> None:
+    write_corpus(folder / "corpus", np.random.default_rng(0).integers(0, VOCAB, 1_000_000), VOCAB)
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": False}}))
+
+
+def train(folder: Path, run: str, layers: int, *more: str, **changes) -> dict:
+    """Run train.py; what timed_train.py found."""
+    flags = {"ds_config": folder / "ds.json", "data": folder / "corpus", "run_dir": folder / run, "keep_last": 1}
     flags |= {"n_layer": layers, "d_model": WIDTH, "n_head": 8, "seq_len": SEQ_LEN}
-    flags |= {"micro_batch_size": 1, "max_steps": steps, "log_interval": 1}
+    flags |= {"micro_batch_size": 1, "log_interval": 1, **changes}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "train.py", "--model", "tiny", *words]
-
-    begun, seconds = time.perf_counter(), None
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if seconds is None and re.search(rf" iteration +{steps}/ +{steps} ", line):
-                seconds = time.perf_counter() - begun
-    assert process.returncode == 0, f"train.py ended with {process.returncode}"
-    assert seconds is not None, f"train.py logged no step {steps}"
-    return seconds
+    command = [sys.executable, str(Path(__file__).with_name("timed_train.py")), "--model", "tiny", *words, *more]
+    env = {**os.environ, timed_train.BEGUN: str(time.time())}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"train.py ended with {done.returncode}: {done.stderr[-2000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
