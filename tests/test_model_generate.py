@@ -1,6 +1,7 @@
 """Drawing text: the likeliest token, the right distribution, and where it ends."""
 
 import collections
+import copy
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megagpt.model.gpt import GPT
 from megagpt.model.sampling import Sampling
 from megagpt.model.sampling import probabilities as cut
 from megagpt.ops import load_ops
+from megagpt.ops.precision import product_dtype
 
 N = 1200  # draws
 NOISE = 5 * (0.25 / N) ** 0.5
@@ -202,6 +204,25 @@ def test_what_the_cache_gives_is_what_the_whole_text_gives(any_model, same_lengt
         for text, logits in zip(texts, found, strict=True):
             whole = any_model(torch.tensor([text.ids]))[0, -1]
             assert (logits - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_bfloat16_model_attends_in_what_the_cpu_multiplies_in(any_model, n):
+    """Emulated, attention alone took longer than everything else."""
+    model = copy.deepcopy(any_model).bfloat16()
+    generation = Generation(model, max_texts=n)
+    if generation._cache is not None:
+        assert generation._cache.store.dtype == product_dtype(model.wte.weight)
+    texts = [Text([4, 5, 6 + i][i:], max_new_tokens=9, sampling=Sampling(temperature=0)) for i in range(n)]
+    for text in texts:
+        generation.join(text)
+    for _ in range(8):
+        generation.step()
+    with torch.inference_mode():
+        for text, logits in zip(texts, generation._next_logits(texts), strict=True):
+            whole = model(torch.tensor([text.ids]))[0, -1]
+            assert logits.dtype == whole.dtype == torch.bfloat16
+            assert (logits - whole).abs().max() < 0.03 * whole.abs().max()
 
 
 def test_stop_ids_end_a_text_and_tell_why(model):

@@ -14,7 +14,10 @@ from megagpt.ops import Ops
 
 
 class KeyValueCache:
-    """Room for ``rows`` texts of ``positions`` tokens each: 2 L rows H positions K numbers of ``dtype``."""
+    """Room for ``rows`` texts of ``positions`` tokens each: 2 L rows H positions K numbers of ``dtype``.
+
+    That may be another dtype than the model's: attention is computed in it.
+    """
 
     def __init__(
         self, config: GPTConfig, *, rows: int, positions: int, dtype: torch.dtype, device: torch.device | str
@@ -73,13 +76,12 @@ class Step:
         if self.equal:
             keys[:, :, self.seen - 1], values[:, :, self.seen - 1] = k, v
         else:
-            keys[self.rows, :, self.positions[:, 0]] = k
-            values[self.rows, :, self.positions[:, 0]] = v
+            keys[self.rows, :, self.positions[:, 0]] = k.to(keys.dtype)
+            values[self.rows, :, self.positions[:, 0]] = v.to(keys.dtype)
         mask = None if self.equal else self.mask
-        y = F.scaled_dot_product_attention(
-            q[:, :, None], keys[:, :, : self.seen], values[:, :, : self.seen], attn_mask=mask
-        )
-        return y.transpose(1, 2)
+        q = q[:, :, None].to(keys.dtype)
+        y = F.scaled_dot_product_attention(q, keys[:, :, : self.seen], values[:, :, : self.seen], attn_mask=mask)
+        return y.transpose(1, 2).to(qkv.dtype)
 
 
 class Layer:

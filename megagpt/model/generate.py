@@ -14,6 +14,7 @@ from megagpt.errors import ConfigError
 from megagpt.model.cache import KeyValueCache, Prefill, Step
 from megagpt.model.decoding import for_decoding
 from megagpt.model.sampling import Sampling, Stream, draw
+from megagpt.ops.precision import product_dtype
 
 _PREFILLED = 1 << 13  # tokens of prompts that are read at once
 
@@ -94,7 +95,7 @@ class Generation:
         if cache and model.config.backbone == "transformer":
             positions = min(max_tokens or self.seq_len, self.seq_len)
             self._cache = KeyValueCache(
-                model.config, rows=max_texts, positions=positions, dtype=self._table.dtype, device=self._device
+                model.config, rows=max_texts, positions=positions, dtype=product_dtype(self._table), device=self._device
             )
         self._longest = max_tokens if self._cache and positions < self.seq_len else None
 
