@@ -26,6 +26,7 @@ COMMANDS = {  # name: (module, function of the remaining arguments, one line of 
     ),
     "plan": ("megagpt.tools.plan", "plan_main", "memory, traffic and time of a run before a cluster is booked"),
     "doctor": ("megagpt.tools.doctor", "doctor_main", "look at this machine: what works, what does not, the way out"),
+    "selftest": ("megagpt.train.selftest", "selftest_main", "a run that is killed and resumed against one that is not"),
     "warm": ("megagpt.train.warm", "warm_main", "compile what a run needs, before its ranks start on a node"),
     "export": ("megagpt.export.main", "export_main", "write a model as a folder for transformers"),
     "import": ("megagpt.export.importing", "import_main", "read a model of Hugging Face's or OpenAI's"),

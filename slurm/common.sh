@@ -120,6 +120,12 @@ settle() {
     if [[ -s $state/code ]]; then code=$(<"$state/code"); fi
     if [[ ! $cancelled ]]; then once_a_node rm -rf -- "$cache" || true; fi
     case $code in
+        4 | 137) # a rank that fails by itself leaves its own code before its peers miss it
+            echo "a rank has ended without a word, or never came (code $code): it was killed, most often for want of" \
+                "memory, or its node is gone; sacct -j $SLURM_JOB_ID --format=JobID,State,ExitCode,MaxRSS says more" >&2
+            ;;
+    esac
+    case $code in
         0 | 1 | 2 | 3 | 6 | 7) exit "$code" ;; # done, or another start would end the same way
     esac
     if [[ -e $state/../../stop ]]; then exit "$code"; fi # the file by which a user stops a run

@@ -79,16 +79,19 @@ def allow_fp16(argv: list[str]) -> int:
     return train_main(argv)
 
 
-def start(run_dir: Path, stage: int, precision: str, fault: str | None = None, asynchronous: bool = False) -> Job:
-    """One start of the run of two ranks in ``run_dir``, with saves in the background if ``asynchronous``."""
+def start(
+    run_dir: Path, stage: int, precision: str, fault: str | None = None, asynchronous: bool = False, **changes
+) -> Job:
+    """One start of the run of two ranks in ``run_dir``, with saves in the background if ``asynchronous``.
+
+    ``changes`` are flags by name.
+    """
     flags = arguments(
         run_dir,
         *(["--async_save"] if asynchronous else []),
         stage=stage,
         precision=precision,
-        max_steps=STEPS,
-        keep_last=KEEP,
-        kernels="torch",
+        **{"max_steps": STEPS, "keep_last": KEEP, "kernels": "torch", **changes},
     )
     return Job(allow_fp16, [str(word) for word in flags], env={faults.VARIABLE: fault})
 
@@ -136,8 +139,8 @@ def chain(
         with start(run_dir, stage, precision, None, asynchronous) as job:
             tally.starts += 1
             assert job.wait(PATIENCE) == [0, 0], job.output()
-            _check_went_on(job, complete)
-    _compare(run_dir, whole, f"{what} after {done}")
+            check_went_on(job, complete)
+    compare(run_dir, whole, f"{what} after {done}")
     shutil.rmtree(run_dir)
     tally.chains += 1
 
@@ -153,7 +156,7 @@ def _killed(kill, job: Job, run_dir: Path, pace: Pace, rng: random.Random, tally
         died = time.monotonic()
         codes = job.wait(PATIENCE)
         seconds = time.monotonic() - died
-        _check_went_on(job, complete)
+        check_went_on(job, complete)
         if -9 not in codes:
             assert codes == [0, 0], job.output()
             return False
@@ -185,17 +188,17 @@ def strike(job: Job, when: str, pace: Pace, rng: random.Random) -> None:
         pace.step = (time.monotonic() - set_up) / steps
 
 
-def _check_went_on(job: Job, complete: int) -> None:
+def check_went_on(job: Job, complete: int, steps: int = STEPS) -> None:
     """Fail where a start has not gone on from the newest checkpoint that was complete."""
     output = job.output(0)
     if "run folder" in output:
-        assert f", step {complete} of {STEPS}" in output, f"{complete} was the newest complete one\n{output}"
+        assert f", step {complete} of {steps}" in output, f"{complete} was the newest complete one\n{output}"
 
 
-def _compare(run_dir: Path, whole: Path, what: str) -> None:
+def compare(run_dir: Path, whole: Path, what: str, steps: int = STEPS) -> None:
     """Fail where a run has not ended as an undisturbed one."""
     assert curve(run_dir) == curve(whole), what
-    final = Path(manifest.FOLDER, manifest.tag_name(STEPS))
+    final = Path(manifest.FOLDER, manifest.tag_name(steps))
     ours, theirs = tensors(run_dir / final), tensors(whole / final)
     assert ours.keys() == theirs.keys(), what
     differing = [name for name, tensor in ours.items() if not tensor.equal(theirs[name])]

@@ -2,15 +2,44 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 from corpora import tiny_corpus
 
+# They stand for Slurm's commands where one batch script is run by hand, as the only task of a job on this host.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+case "$*" in
+    "show hostnames "*) echo n1 ;;
+    *" show node "*) echo "NodeName=n1 NodeAddr=127.0.0.1 NodeHostName=n1" ;;
+    *) exit 1 ;;
+esac
+"""
 ROOT = Path(__file__).parent.parent
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
 STEPS = 200
 SAVE_EVERY = 10
+
+
+def stand_ins(folder: Path) -> dict[str, str]:
+    """The variables of a job whose srun and scontrol, in ``folder``, are the ones above."""
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "TMPDIR": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_SUBMIT_DIR": os.getcwd(),
+    }
 
 
 def write_config(folder: Path) -> Path:

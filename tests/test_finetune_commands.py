@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune_common import ds_config, pretrained, write_csv
+from slurm_common import stand_ins
 
 from megagpt.cli import main as megagpt
 from megagpt.tools import quickstart, quickstart_finetune
@@ -28,12 +29,9 @@ def test_a_study_runs_finetune_py_as_a_slurm_array_and_by_itself(tmp_path, monke
     flags += ["--epochs", 1, "--global_batch_size", 8]
     array, loop = ([str(word) for word in [*study, *more, "--", *flags]] for more in (["--slurm"], []))
     assert megagpt(array) == 0
-    fake = tmp_path / "bin" / "srun"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/bash\nexec "$@"\n')
-    fake.chmod(0o755)
-    env = {**ENV, "PATH": f"{fake.parent}:{ENV['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
-    done = subprocess.run(["bash", tmp_path / "study/array.sh"], env=env, capture_output=True, text=True, timeout=120)
+    env = {**ENV, **stand_ins(tmp_path / "bin"), "SLURM_ARRAY_TASK_ID": "1", "PYTHON": sys.executable}
+    script = ["bash", tmp_path / "study/array.sbatch"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "embeddings and 0 blocks pre-trained" in done.stdout
     assert megagpt(loop) == 0

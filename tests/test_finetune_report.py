@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 
 import pytest
+from slurm_common import stand_ins
 
 from megagpt.cli import main
 from megagpt.errors import ConfigError, DataError
@@ -225,9 +226,11 @@ def test_a_study_that_cannot_be_made_is_refused(settings, passed, message):
 # Stands in for a launcher with finetune.py: writes the summary of a run whose accuracy follows from its flags.
 TRAINER = """#!/usr/bin/env python3
 import json, pathlib, sys
-flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+words = sys.argv[next(i for i, word in enumerate(sys.argv) if word.endswith("finetune.py")) + 1 :]
+flags = dict(zip(words[::2], words[1::2]))
 folder = pathlib.Path(flags["--run_dir"])
-folder.mkdir(parents=True)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "flags.json").write_text(json.dumps(flags))
 value = 0.5 + int(flags["--n_transfer"]) / 10 + int(flags["--seed"]) / 100
 summary = {"task": "rte", "metrics": {"dev": {"accuracy": value}}, "train_examples": 9}
 (folder / "summary.json").write_text(json.dumps(summary))
@@ -265,16 +268,22 @@ def test_a_study_ends_with_the_exit_code_of_a_run_that_fails(trainer, capfd):
 
 
 def test_a_study_as_a_slurm_array_has_a_task_for_each_missing_run(tmp_path, trainer, capsys):
-    command = [*trainer, "--slurm", "--", "--task", "rte", "--init_from", "r"]
+    command = [*trainer, "--slurm", "--", "--task", "rte", "--init_from", "my 'run'"]
     assert main(command) == 0
-    assert "4 runs are missing; start them with: sbatch s/array.sh" in capsys.readouterr().out
-    assert "--array=1-4" in (tmp_path / "s/array.sh").read_text()
-    fake = tmp_path / "bin/srun"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/bash\nexec "$@"\n')
-    fake.chmod(0o755)
+    assert "4 runs are missing; start them with: sbatch s/array.sbatch" in capsys.readouterr().out
+    script = (tmp_path / "s/array.sbatch").read_text()
+    assert "#SBATCH --array=1-4\n" in script
+    assert "#SBATCH --requeue\n" in script  # the shipped script's own
+    env = {**os.environ, **stand_ins(tmp_path / "bin"), "PYTHON": str(tmp_path / "launch")}
     for task in range(1, 5):
-        env = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
-        subprocess.run(["bash", "s/array.sh"], env=env, check=True, timeout=60)
+        env |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(task)}
+        subprocess.run(["bash", "s/array.sbatch"], env=env, check=True, timeout=60)
+    assert json.loads((tmp_path / "s/3-2/flags.json").read_text())["--init_from"] == "my 'run'"
     assert main(command) == 0
     assert "| transfer | 3 | 81.50 |" in capsys.readouterr().out
+
+
+def test_a_study_in_a_folder_that_sbatch_cannot_be_told_is_refused(trainer, capsys):
+    trainer[trainer.index("s")] = "a b"
+    assert main([*trainer, "--slurm", "--", "--init_from", "r"]) == 2
+    assert "cannot stand in a batch script" in capsys.readouterr().err

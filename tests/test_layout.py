@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tools": {"model", "data", "ops", "config", "dist"},
     "tools.doctor_packages": {"tools", "model", "ops", "config", "train.engine"},  # which asks DeepSpeed
     "finetune": {"model", "data", "ops", "config", "dist", "train", "evaluate.source"},
+    "finetune.study": {"finetune", "config", "tools.slurm_script"},  # whose runs a batch script may make
     "export": {"model", "data", "ops", "config", "finetune", "evaluate.source", "train.manifest", "train.weights"},
     "serve": {"model", "data", "config", "evaluate"},
     "zeroshot": {"data", "config", "dist", "evaluate", "finetune", "train.manifest"},

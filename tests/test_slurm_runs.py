@@ -30,7 +30,7 @@ def whole(cluster, folder):
 def test_a_job_on_two_nodes_runs_to_its_end(cluster, whole):
     run = json.loads((whole / "run.json").read_text())
     assert run["starts"][-1]["world_size"] == 2
-    assert last_step(whole) == STEPS
+    assert [step for step, *_ in curve(whole)] == list(range(1, STEPS + 1))
     assert not cluster.processes()
 
 
@@ -55,7 +55,7 @@ def test_a_run_that_is_preempted_and_cancelled_ends_as_if_nothing_had_happened(c
 
     again = submit(cluster, folder, "pretrain.sbatch", *words)
     assert cluster.wait(again) == "COMPLETED", cluster.output(again)
-    assert curve(run_dir) == curve(whole)
+    assert curve(run_dir) == curve(whole)  # every step once and in its order, and its numbers
     assert len(json.loads((run_dir / "run.json").read_text())["starts"]) == 3
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["starts"], summary["steps_lost"], summary["steps"]) == (3, 0, STEPS)
@@ -77,6 +77,7 @@ def test_a_run_that_loses_a_rank_and_a_node_ends_as_if_nothing_had_happened(clus
     time.sleep(4)  # Slurm itself waits for minutes, and is not done with a node that has just come back
     restart(cluster, job, 2)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert "a rank has ended without a word, or never came (code 4)" in cluster.output(job)
     assert curve(run_dir) == curve(whole)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["starts"] == 3
@@ -101,6 +102,7 @@ def test_a_run_that_never_gets_anywhere_is_given_up(cluster, folder):
     restart(cluster, job, 1)
     restart(cluster, job, 2)
     assert cluster.wait(job) == "FAILED"
+    assert cluster.output(job).count("a rank has ended without a word, or never came (code 137)") == 3
     assert "3 starts in a row have left no new checkpoint" in cluster.output(job)
 
 

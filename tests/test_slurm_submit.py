@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_common import restart
 
 from megagpt.data.main import data_main, prepare_main
 
@@ -110,6 +111,27 @@ def test_one_rank_that_fails_ends_the_job_at_once_with_its_code(cluster, tmp_pat
     assert cluster.job(job)["ExitCode"] == "7:0"
     assert cluster.job(job)["Restarts"] == "0"
     assert not cluster.processes()
+
+
+def test_a_run_of_a_study_is_requeued_as_others_are(cluster, tmp_path):
+    """It saves and asks for more time at its first start, and is done at its second."""
+    saves = 'touch "$folder/begun"; echo 75 >"$MEGAGPT_EXIT_FILE"; exit 75'
+    shows = 'printf "%s\\0" "$@" >"$folder/argv"'
+    python = program(
+        tmp_path / "trains",
+        f'#!/bin/bash\nfolder=${{@: -1}}\nif [ ! -e "$folder/begun" ]; then {saves}; fi\n{shows}\n',
+    )
+    study = ["study", "layers", "--run_dir", "s", "--seeds", 5, "--values", 2, "--slurm"]
+    told = megagpt(cluster, *study, "--", "--init_from", "it's $HOME", cwd=tmp_path)
+    assert "1 runs are missing; start them with: sbatch s/array.sbatch" in told
+    flags = ["--cpus-per-task=1", "s/array.sbatch"]
+    array = cluster.sbatch(*flags, cwd=tmp_path, PYTHON=str(python), TMPDIR=str(tmp_path))
+    job = cluster.job(f"{array}_1")["JobId"]
+    restart(cluster, job, 1)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    argv = (tmp_path / "s/2-5/argv").read_bytes().decode().split("\0")[:-1]
+    assert argv[:2] == ["-u", f"{ROOT}/finetune.py"]
+    assert argv[4:] == ["--init_from", "it's $HOME", "--n_transfer", "2", "--seed", "5", "--run_dir", "s/2-5"]
 
 
 def test_a_corpus_prepared_in_shards_is_that_of_one_process(cluster, tmp_path, texts, tokenizer):

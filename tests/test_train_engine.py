@@ -9,8 +9,9 @@ import torch
 from checkpoint_common import arguments
 
 from megagpt.dist import World
+from megagpt.dist.devices import claim, gpu_index
 from megagpt.errors import ConfigError
-from megagpt.train.engine import gpu_index, make_deterministic
+from megagpt.train.engine import make_deterministic
 
 
 def rank_of_eight(local_rank: int, launcher: str = "torch") -> World:
@@ -45,6 +46,16 @@ def test_more_ranks_than_gpus_is_the_same_error_on_every_rank(visible, launcher,
     (text,) = told
     assert text.startswith("8 ranks are to run on ")
     assert f"--num_gpus {visible}," in text
+
+
+def test_two_ranks_that_see_one_and_the_same_gpu_are_told():
+    """Both call it 0, and NCCL would say so in its own words after all have met."""
+    env = {"SLURM_JOB_ID": str(os.getpid())}
+    claim("f00", rank_of_eight(0, "slurm"), env)
+    claim("ba5", rank_of_eight(1, "slurm"), env)
+    claim("f00", rank_of_eight(0, "slurm"), {"SLURM_JOB_ID": f"{os.getpid()}1"})  # as another job may
+    with pytest.raises(ConfigError, match=r"another one has rank 2's \(GPU f00\); start one rank a GPU"):
+        claim("f00", rank_of_eight(2, "slurm"), env)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

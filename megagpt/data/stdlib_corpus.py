@@ -20,3 +20,22 @@ def files() -> list[str]:
     if not found:
         raise DataError(f"this Python has no sources of its standard library in {root}; give --input instead")
     return sorted(found)
+
+
+def bytes_corpus(prefix: Path, package: str = "email") -> None:
+    """A corpus of one package of the library, a token a byte: for runs that have to be made and not to be good."""
+    import numpy as np
+
+    from megagpt.data.writer import CorpusWriter, Counts
+
+    work = Path(f"{prefix}.work")
+    work.mkdir(parents=True)
+    writer = CorpusWriter(work, "part", 256)
+    for name in files():
+        if f"{os.sep}{package}{os.sep}" in name:
+            text = Path(name).read_bytes()
+            ids = np.frombuffer(text, np.uint8).astype(np.int64)
+            counts = Counts(1, len(ids), len(text.split()), len(text), int(ids.max(initial=0)))
+            writer.append(ids, np.array([len(ids)]), 0, counts)
+    writer.finish(str(prefix), b"{}", "0" * 64, None, {})
+    writer.close()

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from megagpt import errors
-from megagpt.dist import guard
+from megagpt.dist import guard, memory
 from megagpt.dist.gather import gather_json
 from megagpt.dist.presence import Presence
 from megagpt.dist.world import is_main
@@ -58,11 +58,12 @@ def _run(fn: Callable[[], int | None], env: Mapping[str, str], on_orphan: Callab
         except Exception as error:
             sys.stdout.flush()
             if _lost_a_peer(error):
-                return _say(env, "stops: another rank has ended; its own output says why", guard.LOST)
+                return _say(env, f"stops: {guard.peer_ended()}", guard.LOST)
             if _waited_in_vain(error):
                 told = f"stops{guard.where()}: another rank has not answered in time\n{traceback.format_exc()}"
                 return _say(env, told, guard.HUNG)
-            return _say(env, f"failed{guard.where()}:\n{traceback.format_exc()}", 1)
+            way_out = memory.WAYS_OUT if memory.was_refused(error) else ""
+            return _say(env, f"failed{guard.where()}:\n{traceback.format_exc()}{way_out}", 1)
 
 
 def _say(env: Mapping[str, str], text: str, code: int) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+from megagpt.dist import memory
 from megagpt.dist.presence import Ancestry, Presence
 
 HUNG, LOST = 5, 4  # exit codes
@@ -56,6 +57,7 @@ class Guard(threading.Thread):
         self._ancestry = Ancestry(env)
         self._on_orphan = on_orphan
         self._env = env
+        self.memory_kills = memory.kills()  # before this run
         self._limits: dict[str, float] = {}
         self._peers: set[int] = set()
         self._seen: set[int] = set()
@@ -92,7 +94,7 @@ class Guard(threading.Thread):
         gone = [peer for peer in self._seen if not self._presence.sees(peer)]
         self._alone_for = self._alone_for + seconds if gone else 0.0
         if self._alone_for > _PEERS_GRACE:
-            self._end(LOST, "another rank has ended; its own output says why")
+            self._end(LOST, peer_ended())
         self._idle_for = self._idle_for + seconds if self._beats == _place.beats else 0.0
         self._beats = _place.beats
         limit = self._limits.get(_place.section)
@@ -155,6 +157,14 @@ def guarded(
     finally:
         _guards.remove(guard)
         guard.close()
+
+
+def peer_ended() -> str:
+    """What a rank has to say that has lost a peer: one that the kernel has killed has said nothing itself."""
+    text = "another rank has ended; its own output says why"
+    if any(memory.killed_since(guard.memory_kills) for guard in _guards):
+        text += ", unless the kernel killed it: it has killed a process of this host for want of memory"
+    return text
 
 
 def watch(hang_timeout: float | None, collective_timeout: float, local_world_size: int) -> None:

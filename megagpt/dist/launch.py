@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from megagpt.dist import memory
 from megagpt.dist.environment import for_ranks
 from megagpt.dist.guard import LOST
 from megagpt.dist.presence import LAUNCHER_PID
@@ -105,6 +106,7 @@ class Ranks:
     def __init__(self, command: list[str], devices: list[str], port: int) -> None:
         self._command, self._devices, self._port = command, devices, port
         self._processes: list[subprocess.Popen] = []
+        self._memory_kills = memory.kills()
 
     def run(self) -> int:
         """Start all, wait for all, pass signals on; the exit code of the first that failed for a reason of its own."""
@@ -149,6 +151,15 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def _tell_signal(self, rank: int, number: int) -> None:
+        cause = ""
+        if number == signal.SIGKILL and memory.killed_since(self._memory_kills):
+            cause = "; meanwhile the kernel has killed a process of this host for want of memory"
+        elif number == signal.SIGKILL:
+            cause = "; if nobody has done that, the host was short of memory"
+        name = signal.Signals(number).name
+        print(f"rank {rank} on {socket.gethostname()} was ended by {name}{cause}", file=sys.stderr, flush=True)
+
     def _wait(self) -> int:
         code, deadline = 0, None
         waiting = dict(enumerate(self._processes))
@@ -156,8 +167,7 @@ class Ranks:
             for rank in [rank for rank, process in waiting.items() if process.poll() is not None]:
                 found = waiting.pop(rank).returncode
                 if found < 0:
-                    name = signal.Signals(-found).name
-                    print(f"rank {rank} on {socket.gethostname()} was ended by {name}", file=sys.stderr, flush=True)
+                    self._tell_signal(rank, -found)
                     found = 128 - found  # as a shell reports it
                 if found and deadline is None:
                     deadline = time.monotonic() + _GRACE

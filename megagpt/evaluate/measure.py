@@ -156,13 +156,13 @@ def ranks() -> "Iterator[tuple[dist.World, object]]":
     import torch
     from torch import distributed
 
+    from megagpt.dist.devices import own_gpu
     from megagpt.dist.rendezvous import meet
 
     world = dist.resolve_world(os.environ)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", own_gpu(world))
     if world.world_size == 1:
         yield world, device
         return

@@ -20,6 +20,7 @@ from pathlib import Path
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError, DataError, nearest
 from megagpt.finetune import report, report_plots
+from megagpt.tools.slurm_script import render
 
 STUDIES = ("layers", "size", "ablation")
 SIZES = "100,250,500,1000,2000,all"
@@ -35,7 +36,7 @@ class StudySettings:
     seeds: str = "1,2,3"  # a run for each, at every point
     values: str | None = None  # layers: numbers of blocks (all by default); size: numbers of examples, or all
     lstm_from: str | None = None  # ablation: a pre-trained LSTM's run folder
-    launcher: str = "deepspeed"  # what starts finetune.py
+    launcher: str = "deepspeed"  # what starts finetune.py; with --slurm srun does
     slurm: bool = False  # make no run, but write the script of a Slurm array that makes them
 
 
@@ -48,6 +49,7 @@ class Point:
     seed: int
     folder: Path
     command: tuple[str, ...]
+    flags: tuple[str, ...]  # those of the command that are this run's own
 
 
 def study_main(argv: Sequence[str]) -> int:
@@ -63,7 +65,7 @@ def study_main(argv: Sequence[str]) -> int:
     points = points_of(kind, settings, passed)
     missing = [point for point in points if not (point.folder / "summary.json").exists()]
     if missing and settings.slurm:
-        script = write_array(Path(settings.run_dir), missing)
+        script = write_array(Path(settings.run_dir), missing, passed)
         print(f"{len(missing)} runs are missing; start them with: sbatch {script}")
         return 0
     for i, point in enumerate(missing, 1):
@@ -92,9 +94,10 @@ def points_of(kind: str, settings: StudySettings, passed: Sequence[str]) -> list
         for seed in seeds:
             name = f"{curve} {x} {seed}" if kind == "size" else f"{x} {seed}"
             folder = Path(settings.run_dir) / name.replace(" ", "-").lower()
+            own = (*extra, "--seed", str(seed), "--run_dir", str(folder))
             shared = _without(passed, [word[2:] for word in extra if word.startswith("--")])
-            command = [*shlex.split(settings.launcher), "finetune.py", *shared, *extra]
-            points.append(Point(curve, x, seed, folder, (*command, "--seed", str(seed), "--run_dir", str(folder))))
+            command = (*shlex.split(settings.launcher), "finetune.py", *shared, *own)
+            points.append(Point(curve, x, seed, folder, command, own))
     return points
 
 
@@ -172,26 +175,27 @@ def _run(command: Sequence[str]) -> int:
         raise ConfigError(f"{command[0]} cannot be started: {error.strerror}; give another --launcher") from None
 
 
-def write_array(folder: Path, points: Sequence[Point]) -> Path:
-    """Write the commands and the script of a Slurm array that makes one run a task; the script's path.
+def write_array(folder: Path, points: Sequence[Point], passed: Sequence[str]) -> Path:
+    """Write slurm/array.sbatch for ``points``, a task each, and the file with every run's own flags; the script's path.
 
-    Partition, account, GPUs and time come from the command line of sbatch or its environment.
+    ``passed`` are the flags that all share. Partition, account, GPUs and time come from the command line of sbatch or
+    its environment. Raises ConfigError for a ``folder`` whose name cannot stand in a batch script.
     """
+    options = {  # resources as in finetune.sbatch
+        "job-name": "megagpt-study",
+        "array": f"1-{len(points)}",
+        "output": f"{folder}/%x-%A_%a.out",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "1",
+        "time": "04:00:00",
+        "signal": "B:USR1@120",
+    }
+    sweep = folder / "sweep.txt"
+    text = render("array", options, {"SCRIPT": "finetune.py", "SWEEP": str(sweep.absolute())}, passed)
     folder.mkdir(parents=True, exist_ok=True)
-    commands = folder / "commands.txt"
-    commands.write_text("".join(shlex.join(point.command) + "\n" for point in points), encoding="utf-8")
-    script = folder / "array.sh"
-    script.write_text(
-        f"""#!/bin/bash
-#SBATCH --job-name=megagpt-study --array=1-{len(points)}
-#SBATCH --output={folder}/%x-%A_%a.out --open-mode=append
-set -euo pipefail
-
-# One line of the file is one run; a study that is collected later skips the lines that are done.
-srun bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"
-""",
-        encoding="utf-8",
-    )
+    sweep.write_text("".join(shlex.join(point.flags) + "\n" for point in points), encoding="utf-8")
+    script = folder / "array.sbatch"
+    script.write_text(text, encoding="utf-8")
     return script
 
 

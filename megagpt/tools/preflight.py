@@ -10,6 +10,7 @@ from typing import Literal
 from megagpt import dist
 from megagpt.config.flags import parse_flags
 from megagpt.dist import preflight
+from megagpt.dist.devices import own_gpu
 from megagpt.dist.rendezvous import meet
 
 
@@ -32,8 +33,7 @@ def preflight_main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())  # one alone is visible, or all are
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", own_gpu(world))
     dist.export(world)
     store = meet(world, settings.run_dir, 60 * settings.timeout_minutes)
     met = {} if store is None else {"store": store, "rank": world.rank, "world_size": world.world_size}

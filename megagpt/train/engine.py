@@ -6,10 +6,9 @@ is reported before.
 
 import logging
 import os
-import socket
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from megagpt.config.deepspeed import ResolvedConfig
 from megagpt.dist import World
+from megagpt.dist.devices import own_gpu
 from megagpt.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,9 +45,7 @@ def device_of(world: World) -> torch.device:
     if not torch.cuda.is_available():
         _share_cores(world)
         return torch.device("cpu")
-    index = gpu_index(world, torch.cuda.device_count())
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    return torch.device("cuda", own_gpu(world))
 
 
 def make_deterministic() -> None:
@@ -57,23 +55,6 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and it costs time
     torch.backends.cudnn.benchmark = False
-
-
-def gpu_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -> int:
-    """Which of the ``visible`` GPUs is this rank's: the one of its local rank, or the only one it is allowed to see.
-
-    Raises ConfigError where the ranks of this host outnumber its GPUs.
-    """
-    allowed = env.get("CUDA_VISIBLE_DEVICES", "")
-    if visible == 1 and (world.launcher == "slurm" or (allowed and "," not in allowed)):
-        return 0  # as with srun --gpus-per-task
-    if world.local_world_size > visible:
-        raise ConfigError(
-            f"{world.local_world_size} ranks are to run on {socket.gethostname()} and it has {visible} GPU"
-            f"{'s' * (visible != 1)}; start one a GPU (deepspeed --num_gpus {visible}, torchrun --nproc_per_node "
-            f"{visible}, srun --ntasks-per-node={visible}), or set LOCAL_WORLD_SIZE if some run on other hosts"
-        )
-    return world.local_rank
 
 
 def _share_cores(world: World) -> None:
