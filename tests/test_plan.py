@@ -232,7 +232,7 @@ def test_an_unknown_gpu_is_planned_by_its_figures(capsys):
         (["--gpu", "h100-80g"], "did you mean 'h100-80gb'.*--gpu_memory_gb, --gpu_tflops, --gpu_bandwidth_gbs"),
         (["--model", "6.8b"], "--model 6.8b is unknown"),
         (["--model", "lstm", "--tokens", "1e9", "--seq_len", "512"], "plan knows transformers"),
-        (["--global_batch_size", "1000"], "1000 is no multiple of 64 ranks.*x 64 = 1024"),
+        (["--global_batch_size", "1000"], "1000 is no multiple of 64 ranks.*x 64 = 1024.*give one of these"),
         (["--micro_batch_size", "3"], "--micro_batch_size 3: .*no multiple of 3 per rank"),
         (
             ["--model", "175b", "--nodes", "1", "--offload", "none"],

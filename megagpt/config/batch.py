@@ -56,7 +56,7 @@ def explain(micro: int | None, accumulation: int | None, total: int, world_size:
     )
     return (
         f"train_batch_size {total} {found}; the nearest settings that fit (micro-batch x accumulation x ranks) are "
-        f'{nearest}; correct one of the numbers or set it to "auto"'
+        f"{nearest}"
     )
 
 

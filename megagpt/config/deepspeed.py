@@ -182,7 +182,8 @@ def _batch(
         total = max(1, round(default / unit)) * unit
     solved = batch.solve(micro, accumulation, total, world_size)
     if solved is None:
-        problems.append(batch.explain(micro, accumulation, total, world_size))
+        why = batch.explain(micro, accumulation, total, world_size)
+        problems.append(f'{why}; correct one of the numbers or set it to "auto"')
     return solved
 
 

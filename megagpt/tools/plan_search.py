@@ -65,7 +65,9 @@ def legal_batches(global_batch: int, world_size: int) -> list[tuple[int, int]]:
     """Every pair of micro-batch and accumulation with this global batch. Raises ConfigError where there is none."""
     share, rest = divmod(global_batch, world_size)
     if rest or not share:
-        raise ConfigError(f"--global_batch_size: {batch.explain(None, None, global_batch, world_size)}")
+        raise ConfigError(
+            f"--global_batch_size: {batch.explain(None, None, global_batch, world_size)}; give one of these"
+        )
     return [(micro, share // micro) for micro in range(1, share + 1) if share % micro == 0]
 
 
@@ -107,7 +109,7 @@ def options(
         pairs = [pair for pair in pairs if pair[0] == micro_batch]
         if not pairs:
             told = batch.explain(micro_batch, None, job.global_batch, job.world_size)
-            raise ConfigError(f"--micro_batch_size {micro_batch}: {told}")
+            raise ConfigError(f"--micro_batch_size {micro_batch}: {told}; give one of these")
     offloads = tuple(offloads)
     return [
         _best_batch(job, stage, offload, every, pairs)
