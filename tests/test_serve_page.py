@@ -76,4 +76,5 @@ def test_the_page_asks_for_a_key_where_one_is_needed(run, page):
         page.write("key", KEY)
         click(page, "generate")
         page.until(f"/^\\d+ tokens in/.test({STATUS})")
+        assert page.run("document.getElementById('model').textContent") == "tiny"
         assert page.run("localStorage.length + sessionStorage.length + document.cookie.length") == 0

@@ -57,6 +57,7 @@ async function generate() {
     if (data === "[DONE]") return;
     const piece = JSON.parse(data);
     if (piece.error) throw new Error(piece.error.message);
+    at("model").textContent = piece.model; // not known before where a key is needed
     for (const choice of piece.choices) {
       at("answer").append(choice.text);
       finish = choice.finish_reason ?? finish;
