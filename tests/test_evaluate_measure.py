@@ -88,6 +88,8 @@ def test_a_text_and_the_corpus_made_of_it_measure_the_same(run, tmp_path, capsys
     assert table[0].split()[:2] == ["set", "perplexity"]
     assert [line.split()[0] for line in table[1:]] == ["text.txt", "made"]
     assert f"{found['made']['ppl']:,.4f}" in table[2]
+    part = measured("--from", run, *sets[:2], "--max_windows", 2, output=tmp_path / "out.json")["data"]["text.txt"]
+    assert (part["windows"], found["made"]["windows"] > 2) == (2, True)  # those that were computed
 
 
 def _on_this_rank(run, output, tasks):

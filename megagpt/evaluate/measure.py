@@ -27,7 +27,7 @@ _COLUMNS = {"ppl": "perplexity", "word_ppl": "a word", "bits_per_byte": "bits a 
 class EvaluateSettings:
     """Measure a trained model: megagpt evaluate --from runs/gpt1 --data data/books-valid"""
 
-    from_: str  # run folder, checkpoint folder or .safetensors file
+    from_: str  # run folder, checkpoint folder, .safetensors file or folder in Hugging Face's form
     data: tuple[str, ...] = ()  # prefixes of prepared corpora, or files of text; NAME=PATH gives a set a name
     stride: int | None = None  # tokens from a window to the next; less than the context gives each token more of it
     max_windows: int | None = None  # windows of each set, evenly spread over it; all by default
@@ -108,7 +108,8 @@ def _perplexities(model, opened: dict[str, IndexedDataset], settings: EvaluateSe
             max_windows=settings.max_windows,
             device=device,
         )
-        found[name] |= {"tokens": dataset.n_tokens, "windows": windows.n_windows, "stride": windows.stride}
+        n_windows = min(windows.n_windows, settings.max_windows or windows.n_windows)
+        found[name] |= {"tokens": dataset.n_tokens, "windows": n_windows, "stride": windows.stride}
     if dist.is_main():
         names = [name for name in _COLUMNS if any(name in measures for measures in found.values())]
         rows = [[s, *(f"{m[n]:,.4f}" if n in m else "" for n in names), f"{m['tokens']:,}"] for s, m in found.items()]
