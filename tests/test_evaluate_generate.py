@@ -122,6 +122,30 @@ def test_a_number_out_of_range_names_its_flag(run, flag):
         generate_main(["--from", str(run), flag, "-1"])
 
 
+FOREIGN = {
+    "a pickle": ("pytorch_model.bin", "pytorch_model.bin holds weights as a pickle"),
+    "a folder with a pickle": ("pytorch_model.bin", "holds weights as a pickle .*weights_only=True"),
+    "GPT-1 as it was released": ("params_shapes.json", "is a model as OpenAI released GPT-1; .* megagpt import"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_model_of_others_is_refused_with_the_way_to_it(tmp_path, case):
+    """Of each was said that it holds no checkpoint."""
+    name, message = FOREIGN[case]
+    (tmp_path / name).write_bytes(b"\x80\x04N.")
+    with pytest.raises(CheckpointError, match=message):
+        generate_main(["--from", str(tmp_path / name if case == "a pickle" else tmp_path)])
+
+
+def test_the_weights_of_a_folder_of_others_alone_say_to_give_the_folder(tmp_path, run):
+    with safe_open(run, framework="pt") as file:
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "model.safetensors")  # noqa: SIM118
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"does not say which model .*give its folder, {tmp_path}"):
+        generate_main(["--from", str(tmp_path / "model.safetensors")])
+
+
 @pytest.mark.parametrize("tokenizer", [True, False], ids=["with a tokenizer", "without"])
 def test_a_run_that_is_not_there_is_one_clear_error(tmp_path, run, tokenizer):
     """Without a tokenizer it was missing the tokenizer's file in a folder that is missing."""

@@ -9,7 +9,7 @@ import torch
 from export_common import names_in, ops, randomised, tokenizer_of
 from safetensors.torch import load_file, save_file
 
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, ConfigError
 from megagpt.export.main import export_main
 from megagpt.finetune import evaluation, weights
 from megagpt.finetune.batches import Encoded
@@ -83,6 +83,12 @@ def test_what_transformers_does_not_compute_is_refused_with_the_reason(tmp_path,
     with pytest.raises(CheckpointError, match=f"{reason}.*megagpt predict"):
         export_main(["--from", str(run), "--to", str(tmp_path / "out")])
     assert names_in(tmp_path) == ["run"]
+
+
+def test_a_fine_tuned_model_is_written_in_fp32_alone(tmp_path):
+    run, _ = finetuned(tmp_path / "run", SPEC, "pre")
+    with pytest.raises(ConfigError, match="--dtype bf16 is for language models"):
+        export_main(["--from", str(run), "--to", str(tmp_path / "out"), "--dtype", "bf16"])
 
 
 def test_a_bias_that_no_layer_norm_can_take_over_is_refused(tmp_path):

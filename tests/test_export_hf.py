@@ -114,6 +114,41 @@ def test_at_full_size_the_logits_are_those_of_transformers(preset, tmp_path, cap
     assert 0 < difference < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_in_16_bits_the_weights_are_rounded_once_and_checked_as_they_are(pair, tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    source, whole = pair
+    folder = exported(source, tmp_path / "half", "--dtype", dtype, "--max_shard_size", "40KB")
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    rounded = {name: x.to(wanted) for name, x in load_file(whole / "model.safetensors").items()}
+    shards = [load_file(path) for path in folder.glob("model-*.safetensors")]
+    assert all(sum(x.numel() for x in shard.values()) <= 20_000 for shard in shards)
+    written = {name: x for shard in shards for name, x in shard.items()}
+    assert written.keys() == rounded.keys()
+    assert all(x.dtype == wanted and torch.equal(x, rounded[name]) for name, x in written.items())
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == wanted
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(2 * x.numel() for x in rounded.values())
+    card = (folder / "README.md").read_text()
+    assert f"| weights | {str(wanted).removeprefix('torch.')}, rounded from float32 |" in card
+    assert 0 < float(re.search(r"\*\*(\d\.\de-\d+)\*\*", card)[1]) < 1e-4
+    back = open_source(folder).build("cpu").state_dict()
+    assert all(torch.equal(back[name], x.to(wanted).float()) for name, x in load_file(source).items())
+
+
+def test_numbers_beyond_16_bits_are_told_with_their_tensor(tmp_path):
+    source = saved(tmp_path / "ours", "pre")
+    state, about = load_file(source), {"config": json.dumps(open_source(source).config.to_dict())}
+    state["blocks.1.mlp.fc.bias"][3] = 70_000.0
+    save_file(state, source, metadata=about)
+    with pytest.raises(
+        CheckpointError, match=r"h\.1\.mlp\.c_fc\.bias holds numbers up to 7e\+04, beyond the range of fp16"
+    ):
+        exported(source, tmp_path / "theirs", "--dtype", "fp16")
+    assert names_in(tmp_path) == ["ours"]
+
+
 def test_what_differs_in_transformers_is_not_kept(tmp_path):
     source = saved(tmp_path / "ours", "pre")
     state, about = load_file(source), {"config": json.dumps(open_source(source).config.to_dict())}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoint_common import folder, resume
+from checkpoint_common import folder, resume, shard
 from corpora import write_bytes_corpus
 from distributed import run_ranks
 from safetensors.torch import save_file
@@ -55,6 +55,18 @@ def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_ar
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.bfloat16(), saved[name]), name
     assert not torch.equal(weights["wte.weight"], saved["wte.weight"].float())
+
+
+def test_a_newer_checkpoint_that_is_damaged_is_told(run_dir, capsys):
+    """An older model than the user had in mind was read, and nothing said so."""
+    expected, _ = read_weights(folder(run_dir, 3))
+    shard(run_dir, 4).write_bytes(b"")
+    capsys.readouterr()
+    found, _ = read_weights(run_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "warning: skipped checkpoint global_step4: " in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"global_step4 cannot be used: zero_pp_rank_1.* has 0 bytes"):
+        read_weights(folder(run_dir, 4))
 
 
 @pytest.mark.parametrize(

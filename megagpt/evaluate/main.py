@@ -26,7 +26,7 @@ _PLAIN = Preset(lambda text, context, examples: text, max_tokens=200, temperatur
 class GenerateSettings:
     """Continue a text with a trained model: megagpt generate --from runs/gpt1 --prompt 'It was a dark night'"""
 
-    from_: str  # run folder, checkpoint folder or .safetensors file
+    from_: str  # run folder, checkpoint folder, .safetensors file or folder in Hugging Face's form
     prompt: str = ""  # the text to continue; without one a new document begins
     prompts: str | None = None  # instead of one prompt: a file of JSON lines with a "prompt" each
     output: str | None = None  # where the answers to --prompts go: its lines with "text", "tokens" and "finish"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.train import manifest
@@ -21,25 +21,23 @@ if TYPE_CHECKING:
     from megagpt.data.tokenizer import Tokenizer
     from megagpt.model.config import GPTConfig
     from megagpt.model.gpt import GPT
+    from megagpt.model.tensors import Tensors
 
-WEIGHTS = "model.safetensors"  # of a fine-tuned run folder
 _TOKENIZER = "tokenizer.json"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Source:
     """A model on disk and the tokenizer it reads.
 
-    ``read`` reads the weights, anew at each call: float32 on the CPU under the names of ``GPT``, or with ``finetuned``
-    under those of the classifier, in which the decoder is ``gpt.``. ``read_tokenizer`` reads the tokenizer. What is
-    wrong with either is said then, as CheckpointError, ConfigError or DataError.
+    ``weights`` opens the weights, which are under the names of ``GPT``, or with ``finetuned`` under those of the
+    classifier, in which the decoder is ``gpt.``. ``read_tokenizer`` reads the tokenizer. What is wrong with either is
+    said then, as CheckpointError, ConfigError or DataError.
     """
 
     path: Path  # as it was named
     config: "GPTConfig"
-    read: Callable[[], "dict[str, Tensor]"]
+    weights: Callable[[], "Tensors"]
     read_tokenizer: Callable[[], "Tokenizer"]
     tokenizer_sha256: str | None = None  # of the text it was trained on, where that is known
     finetuned: bool = False
@@ -60,23 +58,25 @@ class Source:
             )
         return found
 
-    def build(self, device: "torch.device | str | None" = None, dtype: "torch.dtype | Precision" = "fp32") -> "GPT":
+    def build(self, device: "torch.device | str | None" = None, dtype: str = "fp32") -> "GPT":
         """The decoder in evaluation mode; on a GPU where there is one unless ``device`` says.
 
-        Raises CheckpointError where the weights are not those of the model that is described with them.
+        ``dtype``, one of ``tensors.DTYPES``, is that of weights and arithmetic. Raises CheckpointError where the
+        weights are not those of the model that is described with them.
         """
         import torch
 
         from megagpt.model.gpt import GPT
+        from megagpt.model.tensors import torch_dtype
         from megagpt.ops import load_ops
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, _DTYPES[dtype]) if isinstance(dtype, str) else dtype
-        ops = load_ops("auto", head_width=self.config.head_width, dtype=dtype, device=device)
+        wanted = torch_dtype(dtype)
+        ops = load_ops("auto", head_width=self.config.head_width, dtype=wanted, device=device)
         with torch.device("meta"):  # the weights come from the file, so no memory is spent on initial ones
             model = GPT(self.config, ops)
         try:
-            model.load_state_dict(self._decoder_weights(device, dtype), assign=True)
+            model.load_state_dict(self._decoder_weights(device, wanted), assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
@@ -85,10 +85,10 @@ class Source:
         return model.requires_grad_(False).eval()
 
     def _decoder_weights(self, device, dtype) -> "dict[str, Tensor]":
-        weights = self.read()
-        if self.finetuned:
-            weights = {name.removeprefix("gpt."): x for name, x in weights.items() if name.startswith("gpt.")}
-        return {name: x.to(device, dtype) for name, x in weights.items()}
+        """One after the other, so that there is one model in memory and not a second one in float32."""
+        weights, before = self.weights(), "gpt." if self.finetuned else ""
+        names = [name for name in weights.shapes if name.startswith(before)]
+        return {name.removeprefix(before): weights.read(name).to(device, dtype) for name in names}
 
 
 def open_source(named: str | Path, *, tokenizer: str | None = None, finetuned: bool = False) -> Source:
@@ -102,27 +102,22 @@ def open_source(named: str | Path, *, tokenizer: str | None = None, finetuned: b
 
     if is_hf_folder(Path(named)):
         config, tensors = read_hf_folder(Path(named))
-        return Source(Path(named), config, tensors.all, lambda: _read_hf_tokenizer(Path(named), tokenizer))
-    path = weights_path(Path(named))
+        return Source(Path(named), config, lambda: tensors, lambda: _read_hf_tokenizer(Path(named), tokenizer))
+    path = manifest.weights_path(Path(named))
     about = manifest.read_source(path) if finetuned else manifest.read_decoder_source(path)
     try:
         config = GPTConfig.from_dict(about.model)
     except ConfigError as error:
-        raise CheckpointError(f"{path} does not say which model its weights are of: {error}") from None
+        way = f"; give its folder, {path.parent}" if is_hf_folder(path.parent) else ""
+        raise CheckpointError(f"{path} does not say which model its weights are of: {error}{way}") from None
     return Source(
         Path(named),
         config,
-        read=lambda: _read_weights(path),
+        weights=lambda: _open_weights(path),
         read_tokenizer=lambda: _read_tokenizer(str(path), tokenizer),
         tokenizer_sha256=about.tokenizer_sha256,
         finetuned=about.finetuned,
     )
-
-
-def weights_path(path: Path) -> Path:
-    """Where the weights of ``path`` are: the file in a fine-tuned run's folder, otherwise ``path`` itself."""
-    file = path / WEIGHTS
-    return file if file.is_file() else path
 
 
 def find_tokenizer(named: str, tokenizer: str | None = None) -> Path:
@@ -132,10 +127,9 @@ def find_tokenizer(named: str, tokenizer: str | None = None) -> Path:
     path = Path(named)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
-    if path.name.startswith("global_step"):
-        folder = path.parent.parent  # of <run folder>/checkpoints/global_step<N>
-    else:
-        folder = path if path.suffix != ".safetensors" else path.parent
+    folder = path.parent if path.suffix == ".safetensors" or manifest.step_of(path) is not None else path
+    if folder.name == manifest.FOLDER:  # of <run folder>/checkpoints/global_step<N>
+        folder = folder.parent
     if not (folder / _TOKENIZER).exists():
         raise ConfigError(f"{folder} has no {_TOKENIZER}; give the one the model was trained with: --tokenizer PATH")
     return folder / _TOKENIZER
@@ -157,7 +151,7 @@ def _read_hf_tokenizer(folder: Path, tokenizer: str | None) -> "Tokenizer":
     return found
 
 
-def _read_weights(path: Path) -> "dict[str, Tensor]":
-    from megagpt.train.weights import read_weights
+def _open_weights(path: Path) -> "Tensors":
+    from megagpt.train.weights import open_weights
 
-    return read_weights(path)[0]
+    return open_weights(path)[0]

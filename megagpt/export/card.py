@@ -6,6 +6,7 @@ from megagpt.export.check import TOLERANCE, Comparison
 from megagpt.finetune.spec import TaskSpec
 from megagpt.model.config import GPTConfig
 from megagpt.model.hf_config import MODEL_TYPES
+from megagpt.model.tensors import DTYPES
 
 
 def model_card(
@@ -13,6 +14,7 @@ def model_card(
     config: GPTConfig,
     comparison: Comparison | None,
     *,
+    dtype: str,
     origin: str,
     tokenizer_sha256: str,
     spec: TaskSpec | None = None,
@@ -25,6 +27,7 @@ def model_card(
         ("blocks, width, heads", f"{config.n_layer}, {config.d_model}, {config.n_head}"),
         ("context", f"{config.seq_len:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,}"),
+        ("weights", _written(dtype)),
         ("exported from", f"`{origin}`"),
         ("tokenizer", f"SHA-256 `{tokenizer_sha256}`"),
     ]
@@ -59,11 +62,17 @@ from transformers import pipeline
 {_of_task(spec) if spec else ""}"""
 
 
+def _written(dtype: str) -> str:
+    name = DTYPES[dtype][1]
+    return name if dtype == "fp32" else f"{name}, rounded from float32"
+
+
 def _checked(comparison: Comparison | None) -> str:
     if comparison is None:
         return "Not checked against transformers, which was not installed where this folder was made."
     return (
-        f"Largest difference of a logit between MegaGPT and transformers {comparison.version}, in float32 on the CPU, "
+        f"Largest difference of a logit between MegaGPT and transformers {comparison.version}, with these weights in "
+        "float32 on the CPU, "
         f"over {comparison.n_windows} windows of {comparison.n_tokens} tokens in all: **{comparison.difference:.1e}** "
         f"(allowed: {TOLERANCE:.0e})."
     )

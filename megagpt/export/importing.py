@@ -64,7 +64,8 @@ def import_model(settings: ImportSettings) -> "GPTConfig":
 
 def _read(path: Path, n_head: int) -> tuple["GPTConfig", "Tensors"]:
     from megagpt.export.openai_files import SHAPES, is_openai_folder, read_openai_folder
-    from megagpt.model.hf_folder import CONFIG, is_hf_folder, read_hf_folder, refuse_pickles
+    from megagpt.model.hf_folder import CONFIG, is_hf_folder, read_hf_folder
+    from megagpt.model.tensors import refuse_pickles
 
     if is_hf_folder(path):
         return read_hf_folder(path)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megagpt.config.flags import parse_flags
 from megagpt.errors import CheckpointError, ConfigError
@@ -21,6 +21,7 @@ class ExportSettings:
 
     from_: str  # run folder, checkpoint folder, .safetensors file or run folder of finetune.py
     to: str  # the folder to make; it must not exist
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the weights that are written
     max_shard_size: str = "5GB"  # weights above this are cut into several files
     tokenizer: str | None = None  # a tokenizer.json; the run folder's by default
 
@@ -47,12 +48,11 @@ def export(settings: ExportSettings) -> tuple["Comparison | None", int]:
 
     Nothing is left behind where something fails. Raises CheckpointError, ConfigError, DataError or StorageError.
     """
-    from megagpt.evaluate.source import open_source, weights_path
+    from megagpt.evaluate.source import open_source
     from megagpt.export.card import model_card
     from megagpt.export.new_folder import check_new, new_folder
     from megagpt.export.shards import parse_size, write_shards
     from megagpt.model.hf_folder import is_hf_folder
-    from megagpt.train.weights import open_weights
 
     to, most = Path(settings.to), parse_size(settings.max_shard_size)
     check_new(to)
@@ -60,17 +60,20 @@ def export(settings: ExportSettings) -> tuple["Comparison | None", int]:
         raise ConfigError(f"{settings.from_} is in Hugging Face's form already; --from takes a model of MegaGPT's")
     source = open_source(settings.from_, tokenizer=settings.tokenizer, finetuned=True)
     spec = _spec(source) if source.finetuned else None
+    if spec and settings.dtype != "fp32":
+        raise ConfigError(f"--dtype {settings.dtype} is for language models; a fine-tuned one is written in fp32")
     tokenizer = source.tokenizer  # whatever is wrong with it is said before the weights are read
-    tensors, files = _converted(source, open_weights(weights_path(source.path))[0], spec)
+    tensors, files = _converted(source, spec, settings.dtype)
     with new_folder(to, tensors.n_bytes + len(tokenizer.json) + 100_000) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
         n_files = write_shards(folder, tensors, most)
-        comparison = _compare(folder, source, spec)
+        comparison = _compare(folder, source, spec, settings.dtype)
         card = model_card(
             to.name,
             source.config,
             comparison,
+            dtype=settings.dtype,
             origin=_origin(source.path),
             tokenizer_sha256=tokenizer.sha256,
             spec=spec,
@@ -88,10 +91,10 @@ def _origin(path: Path) -> str:
 
 def _spec(source: "Source") -> "TaskSpec":
     """The task of a fine-tuned model, which has to be one that transformers' classes compute."""
-    from megagpt.evaluate.source import weights_path
     from megagpt.export.classifier import check_form
     from megagpt.finetune.spec import TaskSpec
     from megagpt.model.tensors import open_safetensors
+    from megagpt.train.manifest import weights_path
 
     file = weights_path(source.path)
     if file.suffix != ".safetensors":
@@ -105,48 +108,51 @@ def _spec(source: "Source") -> "TaskSpec":
     return spec
 
 
-def _converted(source: "Source", tensors: "Tensors", spec: "TaskSpec | None") -> tuple["Tensors", dict[str, bytes]]:
+def _converted(source: "Source", spec: "TaskSpec | None", dtype: str) -> tuple["Tensors", dict[str, bytes]]:
     """The weights under transformers' names, and the small files by name."""
     from megagpt.export.classifier import as_classifier, classifier_config
     from megagpt.export.hf_tokenizer import DELIMITER, tokenizer_files, with_task_tokens
     from megagpt.model.hf_config import to_hf_config
     from megagpt.model.interop import as_transformers
 
-    config, tokenizer = source.config, source.tokenizer
+    config, tokenizer, tensors = source.config, source.tokenizer, source.weights()
     if spec is None:
-        about = to_hf_config(config, tokenizer.eot_id)
+        about = to_hf_config(config, tokenizer.eot_id, dtype)
         generation = {name: about[name] for name in ("bos_token_id", "eos_token_id")}
         files = {"generation_config.json": _json(generation), **tokenizer_files(tokenizer, config.seq_len)}
-        return as_transformers(tensors, config), {"config.json": _json(about), **files}
+        return as_transformers(tensors, config).rounded(dtype), {"config.json": _json(about), **files}
     about = classifier_config(config, spec, tokenizer.eot_id)
     longest = min(spec.context or config.seq_len, config.seq_len)
     files = tokenizer_files(with_task_tokens(tokenizer, config.vocab_size), longest, padding=DELIMITER)
     return as_classifier(tensors, config, spec), {"config.json": _json(about), **files}
 
 
-def _compare(folder: Path, source: "Source", spec: "TaskSpec | None") -> "Comparison | None":
+def _compare(folder: Path, source: "Source", spec: "TaskSpec | None", dtype: str) -> "Comparison | None":
     from megagpt.export.check import check_tokenizer, compare, windows
 
     rows = source.config.vocab_size
     check_tokenizer(folder, source.tokenizer, task_tokens=(rows - 3, rows - 1) if spec else None)
     chosen = windows(source.tokenizer, source.config, task_tokens=spec is not None)
     if spec is None:
-        return compare(folder, "AutoModelForCausalLM", lambda: _language_model(source), chosen)
+        return compare(folder, "AutoModelForCausalLM", lambda: _language_model(source, dtype), chosen)
     return compare(folder, "AutoModelForSequenceClassification", lambda: _classifier(source), chosen)
 
 
-def _language_model(source: "Source"):
+def _language_model(source: "Source", dtype: str):
+    """The function from ids to logits, in float32 whatever the weights are rounded to."""
     import torch
 
-    model = source.build("cpu")
+    from megagpt.model.tensors import torch_dtype
+
+    model = source.build("cpu").to(torch_dtype(dtype)).float()
     return lambda ids: model(torch.tensor([ids]))[0]
 
 
 def _classifier(source: "Source"):
     import torch
 
-    from megagpt.evaluate.source import weights_path
     from megagpt.finetune import weights
+    from megagpt.train.manifest import weights_path
 
     model, _ = weights.load(weights_path(source.path), "cpu")
     spec = model.spec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megagpt.errors import ConfigError
 from megagpt.model.hf_folder import INDEX, WEIGHTS
-from megagpt.model.tensors import Tensors, float32_bytes, write_safetensors
+from megagpt.model.tensors import Tensors, write_safetensors
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?i?B)", re.IGNORECASE)
 _UNITS = {"B": 0, "KB": 1, "MB": 2, "GB": 3, "TB": 4}
@@ -27,12 +27,13 @@ def plan_shards(tensors: Tensors, most: int) -> list[list[str]]:
     """The names in each shard, in their order. A tensor is never divided: one larger than ``most`` bytes is alone."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in tensors.shapes.items():
-        if shards[-1] and size + float32_bytes(shape) > most:
+    for name in tensors.shapes:
+        n_bytes = tensors.bytes_of(name)
+        if shards[-1] and size + n_bytes > most:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += float32_bytes(shape)
+        size += n_bytes
     return shards
 
 

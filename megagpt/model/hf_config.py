@@ -4,6 +4,7 @@ import math
 
 from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.config import GPTConfig
+from megagpt.model.tensors import DTYPES
 
 MODEL_TYPES = {"pre": "gpt2", "post": "openai-gpt"}
 CLASSES = {"pre": "GPT2", "post": "OpenAIGPT"}  # what the names of the model's classes begin with
@@ -39,8 +40,11 @@ _SERVED = {
 }
 
 
-def to_hf_config(config: GPTConfig, eot_id: int | None) -> dict:
-    """The config.json of the language model. Raises CheckpointError where transformers has no such model."""
+def to_hf_config(config: GPTConfig, eot_id: int | None, dtype: str = "fp32") -> dict:
+    """The config.json of the language model. Raises CheckpointError where transformers has no such model.
+
+    ``dtype``, one of ``tensors.DTYPES``, is that of its weights.
+    """
     if config.norm == "post" and config.d_ff != 4 * config.d_model:
         raise CheckpointError(
             f"transformers' OpenAIGPT has hidden layers of 4 x {config.d_model} = {4 * config.d_model} units and this "
@@ -56,7 +60,7 @@ def to_hf_config(config: GPTConfig, eot_id: int | None) -> dict:
         "tie_word_embeddings": True,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
-        "dtype": "float32",
+        "dtype": DTYPES[dtype][1],
     }
 
 

@@ -7,12 +7,11 @@ from megagpt.errors import CheckpointError
 from megagpt.model.config import GPTConfig
 from megagpt.model.hf_config import from_hf_config
 from megagpt.model.interop import as_ours
-from megagpt.model.tensors import Tensors, read_safetensors
+from megagpt.model.tensors import Tensors, read_safetensors, refuse_pickles
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_BYTES = 1 << 26  # of a JSON file
 
 
@@ -48,18 +47,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return values
-
-
-def refuse_pickles(path: Path) -> None:
-    """Raise CheckpointError where ``path`` is a pickle, or a folder in which only pickles hold the weights."""
-    names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(
-            f"{path} holds weights as a pickle ({pickles[0]}), and reading one can run whatever code its maker put in; "
-            "take a copy in safetensors, or make one with transformers, which loads tensors alone: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER, weights_only=True).save_pretrained(NEW)"
-        )
 
 
 def _tensors(path: Path) -> Tensors:

@@ -5,46 +5,82 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-_FLOATS = ("F32", "F16", "BF16")
+# What safetensors calls them, what torch does, and bytes a number.
+DTYPES = {"fp32": ("F32", "float32", 4), "fp16": ("F16", "float16", 2), "bf16": ("BF16", "bfloat16", 2)}
+_FLOATS = tuple(name for name, _, _ in DTYPES.values())
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class Tensors:
     """Named tensors. ``read`` gives one of them in float32 on the CPU; it may lie in a mapped file, so it is only read.
 
-    A file that they lie in stays open as long as this object is kept.
+    A file that they lie in stays open as long as this object is kept. ``dtype``, one of ``DTYPES``, is what they are
+    written in; what ``read`` gives has been rounded to it.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], "Tensor"]
+    dtype: str = "fp32"
 
     @classmethod
     def of(cls, weights: Mapping[str, "Tensor"]) -> "Tensors":
         """Those of a state dict."""
         return cls({name: tuple(x.shape) for name, x in weights.items()}, lambda name: weights[name].detach().float())
 
+    def rounded(self, dtype: str) -> "Tensors":
+        """They in another dtype. Reading raises CheckpointError for numbers beyond its range."""
+
+        def read(name: str) -> "Tensor":
+            x = self.read(name)
+            there = x.to(torch_dtype(dtype)).float()
+            if there.isinf().any() and not x.isinf().any():
+                raise CheckpointError(f"{name} holds numbers up to {x.abs().max():.3g}, beyond the range of {dtype}")
+            return there
+
+        return self if dtype == self.dtype else replace(self, read=read, dtype=dtype)
+
+    def bytes_of(self, name: str) -> int:
+        """What one of them takes where it is written."""
+        return DTYPES[self.dtype][2] * math.prod(self.shapes[name])
+
     @property
     def n_bytes(self) -> int:
-        """What all of them take in float32."""
-        return sum(map(float32_bytes, self.shapes.values()))
+        """What all of them take where they are written."""
+        return sum(map(self.bytes_of, self.shapes))
 
     def all(self) -> dict[str, "Tensor"]:
         """A state dict of all of them."""
         return {name: self.read(name) for name in self.shapes}
 
 
-def float32_bytes(shape: Iterable[int]) -> int:
-    """What a tensor of ``shape`` takes."""
-    return 4 * math.prod(shape)
+def torch_dtype(dtype: str) -> "torch.dtype":
+    """torch's dtype of a name in ``DTYPES``."""
+    import torch
+
+    return getattr(torch, DTYPES[dtype][1])
+
+
+def refuse_pickles(path: Path) -> None:
+    """Raise CheckpointError where ``path`` is a pickle, or a folder in which only pickles hold the weights."""
+    names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{path} holds weights as a pickle ({pickles[0]}), and reading one can run whatever code its maker put in; "
+            "take a copy in safetensors, or make one with transformers, which loads tensors alone: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, weights_only=True).save_pretrained(NEW)"
+        )
 
 
 @contextlib.contextmanager
@@ -82,21 +118,24 @@ def read_safetensors(*paths: Path) -> Tensors:
 
 
 def write_safetensors(path: Path, tensors: Tensors, names: Iterable[str], metadata: dict[str, str]) -> None:
-    """Write ``names`` of ``tensors`` in float32, one after the other, and force the file to disk. Raises OSError.
+    """Write ``names`` of ``tensors``, one after the other, and force the file to disk. Raises OSError.
 
     The format: 8 bytes with the length of a JSON header, the header, and behind it the tensors (safetensors' README).
     """
+    import torch
+
     names, header, end = list(names), {"__metadata__": metadata}, 0
     for name in names:
-        start, end = end, end + float32_bytes(tensors.shapes[name])
-        header[name] = {"dtype": "F32", "shape": list(tensors.shapes[name]), "data_offsets": [start, end]}
+        start, end = end, end + tensors.bytes_of(name)
+        kind = DTYPES[tensors.dtype][0]
+        header[name] = {"dtype": kind, "shape": list(tensors.shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            x = tensors.read(name).contiguous()
+            x = tensors.read(name).to(torch_dtype(tensors.dtype)).contiguous()
             assert tuple(x.shape) == tensors.shapes[name], name
-            file.write(x.numpy().astype("<f4", copy=False).data)
+            file.write(x.flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

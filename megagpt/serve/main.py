@@ -18,7 +18,7 @@ class ServeSettings:
     With an API key, in the variable MEGAGPT_API_KEY or in a file, requests need it.
     """
 
-    from_: str  # run folder, checkpoint folder or .safetensors file
+    from_: str  # run folder, checkpoint folder, .safetensors file or folder in Hugging Face's form
     host: str = "127.0.0.1"  # address to listen at; any but this host's own is reached by others
     port: int = 8000  # 0 takes a free one
     name: str | None = None  # of the model, in requests; the folder's by default

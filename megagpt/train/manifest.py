@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megagpt.errors import CheckpointError
-from megagpt.model.tensors import open_safetensors
+from megagpt.model.tensors import open_safetensors, refuse_pickles
 from megagpt.train import faults
 
 FOLDER = "checkpoints"  # inside the run folder
@@ -25,7 +25,8 @@ MANIFEST = "manifest.json"
 STATE = "megagpt_state.json"  # step, samples, model, data: what a checkpoint holds beside tensors
 LATEST = "latest"
 WEIGHTS = "model.safetensors"  # of a fine-tuned run, and of an imported model
-FOREIGN = "config.json"  # beside it where it is in Hugging Face's form
+FOREIGN = "config.json"  # in a folder of Hugging Face's form
+RELEASED = "params_shapes.json"  # in one with OpenAI's GPT-1
 FORMAT = 2  # 1 had no hash of the manifest itself
 _MOST_BYTES = 1 << 26  # of a manifest: more was not written by us
 _TAG = re.compile(r"^global_step(0|[1-9][0-9]{0,17})$")
@@ -59,19 +60,23 @@ def root_of(path: Path) -> Path:
 
 
 def weights_path(path: Path) -> Path:
-    """Where the weights of ``path`` are: the model.safetensors of a folder without checkpoints, otherwise ``path``."""
-    if not (path / WEIGHTS).is_file() or folders(root_of(path)):
-        return path
-    if (path / FOREIGN).is_file():
-        raise CheckpointError(
-            f"{path} is a model in Hugging Face's form; make it one of MegaGPT's first: "
-            f"megagpt import --from {path} --to FOLDER"
-        )
-    return path / WEIGHTS
+    """Where the weights of ``path`` are: the model.safetensors of a folder that has one, otherwise ``path`` itself.
+
+    Raises CheckpointError for a folder of others, which has to be imported.
+    """
+    foreign = {FOREIGN: "is a model in Hugging Face's form", RELEASED: "is a model as OpenAI released GPT-1"}
+    for name, fault in foreign.items():
+        if (path / name).is_file():
+            raise CheckpointError(
+                f"{path} {fault}; make it one of MegaGPT's first: megagpt import --from {path} --to FOLDER"
+            )
+    return path / WEIGHTS if (path / WEIGHTS).is_file() else path
 
 
 def nothing_there(path: Path) -> CheckpointError:
-    """The error of a path in which a checkpoint was looked for in vain."""
+    """The error of a path in which a checkpoint was looked for in vain. Raises that of pickles where there are some."""
+    if step_of(path) is None:
+        refuse_pickles(path)
     fault = "holds no checkpoint" if path.exists() else "does not exist"
     return CheckpointError(
         f"{path} {fault}; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"

@@ -6,12 +6,14 @@ Where DeepSpeed 0.19 puts the parts of a parameter under each ZeRO stage, its ow
 import math
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megagpt import dist
 from megagpt.errors import CheckpointError
 from megagpt.model.gpt import decays
 from megagpt.model.tensors import Tensors, read_safetensors
@@ -32,14 +34,17 @@ Parts = list[Tensor]  # one-dimensional, to be read as if they lay one behind th
 def open_weights(path: Path) -> tuple[Tensors, dict]:
     """The weights, whatever ZeRO stage they were saved under, and the model's settings.
 
-    ``path`` is a run folder (its newest intact checkpoint), a checkpoint folder, a .safetensors file (whose settings
-    are in its metadata under ``config``), or a folder with a model.safetensors. Raises CheckpointError when there is
-    nothing usable.
+    ``path`` is a run folder (its newest intact checkpoint; newer ones that are damaged are told on stderr), a
+    checkpoint folder, a .safetensors file (whose settings are in its metadata under ``config``), or a folder with a
+    model.safetensors. Raises CheckpointError when there is nothing usable.
     """
     path = manifest.weights_path(Path(path))
     if path.suffix == ".safetensors":
         return read_safetensors(path), manifest.read_source(path).model
-    folder, _ = manifest.locate(path)
+    folder, passed_over = manifest.locate(path)
+    if dist.is_main():
+        for note in passed_over:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
     stage = manifest.read(folder)["zero_stage"]
     try:
         tensors = _unsharded(folder) if stage == 0 else _sharded(folder, stage)

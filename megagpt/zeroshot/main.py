@@ -27,7 +27,7 @@ class ZeroshotSettings:
     """Ask a language model tasks it was not trained for: megagpt zeroshot --from runs/gpt1 --task_data data/tasks"""
 
     task_data: str  # folder with the tasks' published files, or with a folder for each task
-    from_: tuple[str, ...] = ()  # run folders, checkpoint folders or .safetensors files; several are also averaged
+    from_: tuple[str, ...] = ()  # what megagpt generate takes: run folders, ...; several are also averaged
     trajectory: str | None = None  # instead: a run folder, of which every checkpoint that is kept is asked
     tasks: tuple[str, ...] = ()  # cola, sst2, race, winograd, pdp60, copa; all whose files are there by default
     scoring: Literal["partial", "full"] = "partial"  # winograd, pdp60, copa: a part of the text, or all
