@@ -359,6 +359,15 @@ def test_what_is_not_finished_when_a_server_stops_ends_with_an_error(run):
         assert b"server_stopping" in read_all(stream)
 
 
+def test_a_server_that_generates_no_more_is_not_well(run):
+    """It said that it was, for ever."""
+    with serving_run(run) as server:
+        assert ask(server, None, method="GET", path="/health")[:2] == (200, {"status": "ok"})
+        server.worker.close()
+        assert ask(server, None, method="GET", path="/health")[0] == 503
+        assert ask(server, {"prompt": "x"})[0] == 503
+
+
 def read_all(connection):
     return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 

@@ -25,7 +25,7 @@ class Answers:
             said = f"{worker.limit:,} texts are being generated or waiting; try again later"
             raise ApiError(429, said, code="server_full", headers={"Retry-After": "1"}) from None
         except Closed:
-            raise _stopping() from None
+            raise stopping() from None
 
     @property
     def usage(self) -> dict:
@@ -40,7 +40,7 @@ class Answers:
         while left:
             i, piece = await self._pieces.get()
             if isinstance(piece.failed, Closed):
-                raise _stopping()
+                raise stopping()
             if piece.failed:
                 raise ApiError(500, "the server could not generate this text; its log says why")
             left -= piece.finished is not None
@@ -54,5 +54,6 @@ class Answers:
         self._pieces.put_nowait((i, piece))
 
 
-def _stopping() -> ApiError:
+def stopping() -> ApiError:
+    """What is said where the worker takes on no more."""
     return ApiError(503, "the server is stopping", code="server_stopping")

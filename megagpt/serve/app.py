@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.serve.answers import Answers
+from megagpt.serve.answers import Answers, stopping
 from megagpt.serve.errors import ApiError, bad
 from megagpt.serve.guard import HostCheck, check_key
 from megagpt.serve.request import CompletionRequest, Limits, completions, echoed, read_request
@@ -122,6 +122,8 @@ class _Api:
         return _Json(self._model)
 
     async def health(self, request: Request) -> Response:
+        if not self.service.worker.alive:  # it stops, or a bug has ended its thread
+            raise stopping()
         return _Json({"status": "ok"})
 
     def _check_model(self, name: str | None) -> None:

@@ -67,6 +67,11 @@ class Worker:
             self._thread.join(timeout)
 
     @property
+    def alive(self) -> bool:
+        """Whether jobs are taken on."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
     def load(self) -> tuple[int, int]:
         """How many texts are being generated, and how many wait."""
         with self._changed:
@@ -75,7 +80,7 @@ class Worker:
     def submit(self, jobs: list[Job]) -> None:
         """Take on all of ``jobs``, or raise :class:`Full` or :class:`Closed` and take on none."""
         with self._changed:
-            if self._closed or not self._thread.is_alive():
+            if not self.alive:
                 raise Closed
             if len(self._waiting) + len(self._running) + len(jobs) > self.limit:
                 raise Full
