@@ -184,7 +184,7 @@ def test_troubleshooting_quotes_messages_that_megagpt_really_has():
     ours = (ROOT / "docs/troubleshooting.md").read_text().partition("## Messages of others")[0]
     headings = re.findall(r"^### `(.*)`$", ours, flags=re.MULTILINE)
     assert len(headings) > 20
-    parts = list(message_parts())
+    parts = [*message_parts(), (ROOT / "slurm/common.sh").read_text()]
     for heading in headings:
         for fragment in (f.strip(": ") for f in heading.split("...") if f.strip(": ")):
             assert any(fragment in part for part in parts), f"no message has {fragment!r}"
