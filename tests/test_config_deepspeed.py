@@ -197,6 +197,13 @@ def test_fp16_on_a_cpu_is_answered_with_what_to_use():
         check_hardware(config, "cpu")
 
 
+def test_a_service_whose_package_is_not_installed_is_told_with_the_way_out(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_hardware(resolved({"wandb": {"enabled": False}}), "cpu")
+    with pytest.raises(ConfigError, match=r"^x\.json: wandb needs the package wandb: pip install wandb.*comet_ml"):
+        check_hardware(resolved({"wandb": {"enabled": True}, "comet": {"enabled": True}}), "cpu")
+
+
 def test_reading_from_disk_into_a_gpu_needs_one():
     with pytest.raises(ConfigError, match=r"aio\.use_gds needs a GPU"):
         check_hardware(resolved({"aio": {"use_gds": True}}), "cpu")

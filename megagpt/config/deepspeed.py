@@ -4,6 +4,7 @@ The file owns batch, accumulation, clipping, precision and ZeRO. A key that is a
 a key and a flag that disagree are an error, and all of them are told at once.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
 
     ``device_type`` is "cpu" or "cuda", the latter with its compute ``capability``.
     """
+    _refuse(_monitor_problems(resolved), resolved.path)
     if device_type == "cpu":
         _refuse(_cpu_problems(resolved), resolved.path)
     zero = resolved.config["zero_optimization"]
@@ -127,6 +129,13 @@ def check_hardware(resolved: ResolvedConfig, device_type: str, capability: tuple
             f"{resolved.path}: bf16 needs a GPU of compute capability 8.0 (A100) or newer, this one has "
             f"{capability[0]}.{capability[1]}; use fp16, as in ds_configs/zero{resolved.zero_stage}_fp16.json"
         )
+
+
+def _monitor_problems(resolved: ResolvedConfig) -> Iterator[str]:
+    """Services whose programs are no part of MegaGPT, and are not installed."""
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if resolved.config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            yield f"{section} needs the package {package}: pip install {package}, or set {section}.enabled to false"
 
 
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")

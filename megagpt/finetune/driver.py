@@ -23,7 +23,7 @@ from megagpt.finetune.phases import open_batches, open_engine, padding_line
 from megagpt.finetune.plan import FinetunePlan, PhasePlan
 from megagpt.finetune.score import METRICS, score
 from megagpt.ops import Ops
-from megagpt.train import checkpoint, folder, hardware, kernels, mirror, optim, report, restarts, resume
+from megagpt.train import checkpoint, folder, hardware, kernels, mirror, optim, report, restarts, resume, wandb_run
 from megagpt.train import engine as deepspeed_engine
 from megagpt.train.batches import BatchPlan
 from megagpt.train.intervals import Intervals
@@ -163,6 +163,8 @@ class Run:
         plan = self.plan
         dist.beat("setup", self.state.step)
         seed_all(plan.settings.seed + 1 + self.world.rank + 1_000_003 * phase.index)
+        if self.log is None and dist.is_main():
+            wandb_run.announce(plan.run_dir, plan.config.config, resumed=self.source is not None)
         engine, rates = open_engine(plan, phase, held, self.ops, self.device, monitored=self.log is None)
         if self.source is not None:
             self.state, self.source = resume.load(engine, self.source, plan), None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.secrets import hide
-from megagpt.train import events, report
+from megagpt.train import events, report, wandb_run
 from megagpt.train.console import open_console
 from megagpt.train.metrics import MetricsFile
 from megagpt.train.zeroshot import as_record
@@ -48,6 +48,7 @@ class RunLog:
         self.run_dir = Path(run_dir)
         self.is_main = is_main
         self._monitor = monitor if is_main else None
+        self._wandb = wandb_run.take(self._monitor)
         self._failed: set[str] = set()
         if is_main:
             last_step = start_step or -1  # a run that starts anew repeats its evaluation of step 0 too
@@ -68,7 +69,7 @@ class RunLog:
         record = {key: value for key, value in record.items() if not (key == "mfu" and value is None)}
         self._write(record)
         self._console.train(record)
-        self._send(_train_scalars(record))
+        self._send(_train_scalars(record), record["step"])
 
     def valid(self, name: str, record: dict, step: int) -> None:
         """Log what the evaluation on the validation set ``name`` gave at ``step``: loss, ppl, bits_per_byte, ..."""
@@ -77,7 +78,7 @@ class RunLog:
         named = {f"valid/{name}/{key}": value for key, value in record.items()}
         self._write({"step": step, **named})
         self._console.valid(name, record, step)
-        self._send([(tag, value, step) for tag, value in named.items()])
+        self._send([(tag, value, step) for tag, value in named.items()], step)
 
     def cut(self, last_step: int) -> None:
         """The run has gone back to ``last_step``: what came later happens again."""
@@ -96,7 +97,7 @@ class RunLog:
         self._write({"step": step, **named})
         scores = ", ".join(f"{task} {figures['score']:.2f}" for task, figures in results.items())
         self.message(f"zero-shot at iteration {step}: {scores}")
-        self._send([(tag, value, step) for tag, value in named.items()])
+        self._send([(tag, value, step) for tag, value in named.items()], step)
 
     def message(self, text: str) -> None:
         """Show one line to the user."""
@@ -116,6 +117,8 @@ class RunLog:
         if not self.is_main:
             return summary
         self.close()
+        if self._wandb is not None:
+            self._reached("wandb", self._wandb.finish)
         whole = report.write_summary(self.run_dir, summary)
         for line in report.outcome(self.run_dir, whole):
             self._console.message(line)
@@ -145,14 +148,19 @@ class RunLog:
         except OSError as error:
             self._warn_once("metrics.jsonl", f"cannot be written ({error.strerror})")
 
-    def _send(self, scalars: list[tuple]) -> None:
-        if self._monitor is None:
-            return
-        try:
-            self._monitor.write_events(scalars)
-        except Exception as error:  # each monitor has its own: a full disk, a lost network, a service's refusal
+    def _send(self, scalars: list[tuple], step: int) -> None:
+        if self._monitor is not None and not self._reached("the monitor", lambda: self._monitor.write_events(scalars)):
             self._monitor = None
-            self._warn_once("the monitor", f"failed and is off from here on ({error})")
+        if self._wandb is not None and not self._reached("wandb", lambda: self._wandb.write_events(scalars, step)):
+            self._wandb = None
+
+    def _reached(self, what: str, send: Callable[[], None]) -> bool:
+        try:
+            send()
+        except Exception as error:  # each monitor has its own: a full disk, a lost network, a service's refusal
+            self._warn_once(what, f"failed and is off from here on ({error})")
+            return False
+        return True
 
     def _warn_once(self, what: str, problem: str) -> None:
         if what not in self._failed:

@@ -27,6 +27,7 @@ from megagpt.train import (
     restarts,
     resume,
     rewind,
+    wandb_run,
     zeroshot,
 )
 from megagpt.train import engine as deepspeed_engine
@@ -114,6 +115,8 @@ def opened(plan: Plan, world: dist.World, device: torch.device, stop: StopReques
     # From here on the generators of the ranks differ: each drops its own units.
     seed_all(settings.seed + 1 + world.rank)
     optimizer, optimizer_line = _build_optimizer(model, plan, device)
+    if dist.is_main():
+        wandb_run.announce(plan.run_dir, config.config, resumed=source is not None)
     engine = deepspeed_engine.build_engine(model, optimizer, config)
     state = checkpoint.TrainState(model=plan.model.to_dict(), data=plan.identity)
     if source is not None:
