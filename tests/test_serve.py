@@ -359,6 +359,13 @@ def test_what_is_not_finished_when_a_server_stops_ends_with_an_error(run):
         assert b"server_stopping" in read_all(stream)
 
 
+def test_a_second_interrupt_ends_a_server_at_once_and_without_a_traceback(run, caplog):
+    with serving_run(run, rows=1, grace=600) as server, begin_long(server):
+        wait_for_load(server, (1, 0))
+        server.server.should_exit = server.server.force_exit = True  # as uvicorn does then
+    assert "Traceback" not in caplog.text
+
+
 def test_a_server_that_generates_no_more_is_not_well(run):
     """It said that it was, for ever."""
     with serving_run(run) as server:

@@ -66,7 +66,6 @@ def serve_main(argv: list[str] | None = None) -> int:
         bound.listen(server.BACKLOG)
         _say(f"{service.name} is served at {url}; Ctrl-C stops it")
         server.run(running, bound)
-        service.worker.close()  # after a second Ctrl-C it is still at work
     _say("stopped")
     return 0
 

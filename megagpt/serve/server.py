@@ -69,18 +69,30 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Asked to stop, it lets requests finish for ``grace`` seconds, then calls ``give_up``, which has to end them."""
+    """Asked to stop, it lets requests finish for ``grace`` seconds, then calls ``give_up``, which has to end them.
+
+    Asked again, it does so at once.
+    """
 
     def __init__(self, config: uvicorn.Config, grace: float, give_up: Callable[[], None]) -> None:
         super().__init__(config)
         self._grace, self._give_up = grace, give_up
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._grace, self._give_up)
+        patience = asyncio.ensure_future(self._end_requests())
         try:
             await super().shutdown(sockets)
         finally:
-            timer.cancel()
+            patience.cancel()
+        if self.force_exit:  # uvicorn leaves this out then, and the application's end would be a traceback
+            await self.lifespan.shutdown()
+
+    async def _end_requests(self) -> None:
+        clock = asyncio.get_running_loop().time
+        end = clock() + self._grace
+        while clock() < end and not self.force_exit:
+            await asyncio.sleep(0.1)
+        self._give_up()
 
 
 def make_server(app, *, most_connections: int, grace: int, give_up: Callable[[], None]) -> Server:
