@@ -1,13 +1,17 @@
 """Who may read and write what a run leaves: its user alone, unless asked for otherwise, whatever the shell's umask."""
 
+import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from checkpoint_common import arguments, resume
 from distributed import run_ranks, train_main
 
 from megagpt.errors import ConfigError
+from megagpt.train import folder
 from megagpt.train.folder import private
 
 
@@ -60,3 +64,33 @@ def test_the_mask_is_as_before_afterwards():
         assert os.umask(0o022) == 0o022
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("queue", ["RUNNING", ""], ids=["its job runs", "its job is gone"])
+def test_without_locks_a_folder_is_anothers_as_long_as_that_one_runs(queue, tmp_path, monkeypatch):
+    """As on many clusters' disks. The owner is a Slurm job, and then a process of this host."""
+
+    def without_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(folder.fcntl, "flock", without_locks)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n[ $3 = 12 ] && echo {queue}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        pid = other.pid if queue else 2**22 + 1  # of no process
+        for job, owner in (
+            ("Slurm job 12, ", "process 5 on n7"),
+            ("", f"process {pid} on {os.uname().nodename}"),
+        ):
+            (tmp_path / ".lock").write_text(f"{job}{owner}, started 2026-01-01 00:00:00\n")
+            if queue:
+                with pytest.raises(ConfigError, match=f"is in use by {job}{owner}, started"):
+                    folder._take_lock(tmp_path)
+            else:
+                folder._take_lock(tmp_path).close()
+        monkeypatch.setenv("SLURM_JOB_ID", "12")  # requeued, it is the same one
+        (tmp_path / ".lock").write_text("Slurm job 12, process 5 on n7, started 2026-01-01 00:00:00\n")
+        folder._take_lock(tmp_path).close()
+        other.communicate()

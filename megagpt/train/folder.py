@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import stat
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -55,21 +56,45 @@ def _take_lock(run_dir: Path, flag: str = "--run_dir"):
         file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 held open while the run lasts
     except OSError as error:
         raise StorageError(f"cannot write to {flag} {run_dir}: {error.strerror}; choose a writable folder") from None
+    file.seek(0)
+    owner = file.read().strip()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise ConfigError(f"{run_dir} is in use by {owner}; wait for it, or choose another {flag}") from None
+        is_free = False
     except OSError:  # file systems of clusters are often mounted without locks
-        print(f"{run_dir}: its file system has no locks; start no second job for this folder", flush=True)
+        is_free = not _lives(owner)
+        if is_free:
+            print(f"{run_dir}: its file system has no locks; start no second job for this folder", flush=True)
+    if not is_free:
+        file.close()
+        raise ConfigError(f"{run_dir} is in use by {owner or 'another process'}; wait for it, or choose another {flag}")
     file.truncate(0)
     job = f"Slurm job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
     file.write(f"{job}process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     retention.remove_leftovers(run_dir / manifest.FOLDER)
     return file
+
+
+def _lives(owner: str, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the job that wrote ``owner`` into a lock is known to run: to Slurm, or as a process of this host."""
+    job = re.search(r"^Slurm job (\d+), ", owner)
+    if job and job[1] != env.get("SLURM_JOB_ID"):  # the same job, requeued, has ended before
+        try:
+            asked = subprocess.run(["squeue", "-h", "-j", job[1], "-o", "%T"], capture_output=True, timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return bool(asked.stdout.strip())
+    process = re.search(r"process (\d+) on (.+), started ", owner)
+    if not process or process[2] != os.uname().nodename or int(process[1]) == os.getpid():
+        return False
+    try:
+        command = Path(f"/proc/{process[1]}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"python" in command or b"megagpt" in command  # its number may be another program's by now
 
 
 def _refuse_open_folders(run_dir: Path, flag: str) -> None:
