@@ -25,7 +25,7 @@ guard._PEERS_GRACE = 1.0
 
 def fn():
     dist.watch(5.0, 600.0, int(os.environ["LOCAL_SIZE"]))
-    os.write(1, f"pid {os.environ['RANK']} {os.getpid()}\n".encode())  # print writes in pieces, between others'
+    os.write(1, f"pid {os.environ['RANK']} {os.getpid()}\\n".encode())  # print writes in pieces, between others'
     while stop.agree("cpu") != STOP:
         dist.beat("step", 7)
         time.sleep(0.05)
