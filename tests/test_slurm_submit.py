@@ -1,5 +1,6 @@
 """``megagpt slurm`` and the scripts that train nothing, on a real Slurm of two nodes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import free_port
 from slurm_common import restart
 
 from megagpt.data.main import data_main, prepare_main
@@ -132,6 +134,43 @@ def test_a_run_of_a_study_is_requeued_as_others_are(cluster, tmp_path):
     argv = (tmp_path / "s/2-5/argv").read_bytes().decode().split("\0")[:-1]
     assert argv[:2] == ["-u", f"{ROOT}/finetune.py"]
     assert argv[4:] == ["--init_from", "it's $HOME", "--n_transfer", "2", "--seed", "5", "--run_dir", "s/2-5"]
+
+
+_WHERE = """
+import json, os, sys
+from dataclasses import asdict
+from pathlib import Path
+from megagpt.config.fields import parse
+from megagpt.dist import resolve_world
+world = resolve_world(os.environ)
+flags = parse([*sys.argv[1:], "--ds_config", "x", "--data", "x"])  # what a launcher puts before our flags is dropped
+Path(flags.run_dir, f"{world.launcher}{world.rank}").write_text(json.dumps(asdict(world)))
+"""
+# As in docs/slurm.md, for two nodes with one GPU each.
+_LAUNCHERS = """
+export PYTHONPATH={root} MASTER_ADDR=127.0.0.1
+scontrol show hostnames | sed 's/$/ slots=1/' >hostfile
+deepspeed --launcher slurm --hostfile hostfile --no_ssh_check --master_addr $MASTER_ADDR \\
+    --launcher_args='--kill-on-bad-exit=1' where.py --run_dir $PWD
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'torchrun --nnodes $SLURM_NNODES --nproc_per_node 1 \\
+    --node_rank $SLURM_NODEID --master_addr $MASTER_ADDR --master_port {port} where.py --run_dir $PWD'
+"""
+
+
+def test_the_launchers_of_deepspeed_and_torch_start_ranks_that_know_their_places(cluster, tmp_path):
+    (tmp_path / "where.py").write_text(_WHERE)
+    port = free_port()
+    script = program(tmp_path / "job", "#!/bin/bash -e\n" + _LAUNCHERS.format(root=ROOT, port=port))
+    path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    job = cluster.sbatch(*flags, script, cwd=tmp_path, PATH=path, DS_ACCELERATOR="cpu")
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    for launcher in ("slurm", "torch"):
+        worlds = [json.loads((tmp_path / f"{launcher}{rank}").read_text()) for rank in range(2)]
+        places = [[world[name] for name in ("rank", "world_size", "local_rank", "node_rank")] for world in worlds]
+        assert places == [[0, 2, 0, 0], [1, 2, 0, 1]], cluster.output(job)
+        assert worlds[0]["master_port"] == worlds[1]["master_port"]
+        assert {world["master_addr"] for world in worlds} == {"127.0.0.1"}
 
 
 def test_a_corpus_prepared_in_shards_is_that_of_one_process(cluster, tmp_path, texts, tokenizer):
