@@ -18,7 +18,7 @@ help:
 	@echo "make quickstart-finetune   pre-train, fine-tune, compare: which package does a docstring belong to? Under five minutes"
 	@echo "make test         install and run the tests"
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
-	@echo "make slurm-soak   every way in which Slurm stops a job, in ten minutes"
+	@echo "make slurm-soak   every way in which Slurm stops a job, in half an hour"
 	@echo "make chaos N=50   kill small runs 50 times and compare what comes out, bit for bit"
 	@echo "make soak         disturb one long run in every way, every six seconds, for about an hour"
 	@echo "make power-loss   replay what a loss of power can leave of small runs' checkpoints"

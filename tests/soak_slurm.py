@@ -1,4 +1,4 @@
-"""Every way in which Slurm asks a job to stop, one after the other; ten minutes, by ``make slurm-soak``."""
+"""Every way in which Slurm asks a job to stop, one after the other; half an hour, by ``make slurm-soak``."""
 
 import json
 import os
