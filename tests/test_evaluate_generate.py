@@ -12,6 +12,7 @@ from megagpt.data.tokenizer import from_file
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.evaluate.main import generate_main
 from megagpt.evaluate.prompts import PRESETS, first_sentences
+from megagpt.evaluate.source import find_tokenizer
 from megagpt.evaluate.text import TextStream
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT
@@ -160,6 +161,14 @@ def test_a_run_without_a_tokenizer_says_what_to_give(tmp_path, run):
     weights.symlink_to(run)
     with pytest.raises(ConfigError, match="--tokenizer PATH"):
         generate_main(["--from", str(weights), "--prompt", "x"])
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/global_step5", "model.safetensors"])
+def test_the_tokenizer_is_that_of_the_run_folder_whatever_of_it_is_named(tmp_path, place):
+    """It was missed beside the folder of the checkpoints."""
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "tokenizer.json").touch()
+    assert find_tokenizer(str(tmp_path / place)) == tmp_path / "tokenizer.json"
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, run):

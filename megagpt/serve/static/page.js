@@ -48,7 +48,7 @@ async function* events(response) {
 async function generate() {
   at("echo").textContent = at("prompt").value;
   at("answer").textContent = "";
-  say("…");
+  say("generating…");
   const began = performance.now();
   const options = { method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal };
   const response = await check(await fetch("v1/completions", options));
