@@ -27,6 +27,16 @@ def test_underscores_and_dashes_name_the_same_flag():
     assert parse([*NEEDED, "--n-layer", "3"]) == parse([*NEEDED, "--n_layer=3"])
 
 
+def test_megatrons_names_of_the_same_things_are_understood():
+    theirs = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 99 --seq-length 32 --bf16"
+    theirs += " --train-iters 7 --lr-warmup-iters 2 --eval-iters 5 --adam-eps 1e-5 --attention-dropout 0.2"
+    ours = "--n_layer 3 --d_model 64 --n_head 4 --d_ff 99 --seq_len 32 --precision bf16"
+    ours += " --max_steps 7 --warmup_steps 2 --eval_steps 5 --eps 1e-5 --attn_dropout 0.2"
+    needed = [*NEEDED[:2], "--data-path", "corpus", *NEEDED[4:]]
+    assert parse([*needed, *theirs.split()]) == parse([*NEEDED, *ours.split()])
+    assert parse([*NEEDED, "--fp16"]).precision == "fp16"
+
+
 @pytest.mark.parametrize("name", ["--ds_config", "--ds-config", "--deepspeed_config", "--deepspeed"])
 def test_the_deepspeed_file_has_the_names_that_launchers_and_tuners_use(name):
     assert parse([name, "y.json", *NEEDED[2:]]).ds_config == "y.json"

@@ -30,6 +30,13 @@ def test_a_corpus_holds_every_document_with_its_counts(tmp_path, texts, tokenize
     assert data_main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_megatrons_names_of_the_flags_make_the_same_corpus(tmp_path, texts, tokenizer):
+    common = ("--input", tmp_path / "input", "--tokenizer", tokenizer)
+    assert prepare(*common, "--output", tmp_path / "ours", "--json_key", "text") == 0
+    assert prepare(*common, "--output-prefix", tmp_path / "theirs", "--json-keys", "text", "--append-eod") == 0
+    assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
+
+
 def test_the_number_of_processes_changes_nothing(tmp_path, texts, tokenizer):
     for workers in (1, 3):
         args = ("--input", tmp_path / "input", "--tokenizer", tokenizer, "--workers", workers)

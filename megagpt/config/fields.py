@@ -137,6 +137,26 @@ def _weight(word: str) -> float | None:
     return value if 0 < value < math.inf else None
 
 
+# Megatron-LM's names of what is the same thing here, so that its users' commands need less change.
+_MEGATRON = {
+    "num_layers": "n_layer",
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_head",
+    "ffn_hidden_size": "d_ff",
+    "seq_length": "seq_len",
+    "attention_dropout": "attn_dropout",
+    "data_path": "data",
+    "train_iters": "max_steps",
+    "eval_iters": "eval_steps",
+    "lr_warmup_iters": "warmup_steps",
+    "adam_eps": "eps",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+_ALIASES = {**shared.ALIASES, **_MEGATRON}
+_BARE = {**shared.BARE, "bf16": "bf16", "fp16": "fp16"}
+
+
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
-    return parse_flags(TrainSettings, argv, prog="train.py", aliases=shared.ALIASES, bare=shared.BARE)
+    return parse_flags(TrainSettings, argv, prog="train.py", aliases=_ALIASES, bare=_BARE)

@@ -33,9 +33,16 @@ class Merging:
     """replace an existing corpus of the same name"""
 
 
+# Megatron-LM's names; a document always ends with the end-of-text token where the vocabulary has one.
+_MEGATRON = {"json_keys": "json_key", "output_prefix": "output"}
+_BARE = {"append_eod": None}
+
+
 def prepare_main(argv: list[str] | None = None) -> int:
     """Run ``megagpt prepare``; the process's exit code."""
-    return dist.run_main(lambda: _prepare(parse_flags(PrepareSettings, argv, prog="megagpt prepare")))
+    return dist.run_main(
+        lambda: _prepare(parse_flags(PrepareSettings, argv, prog="megagpt prepare", aliases=_MEGATRON, bare=_BARE))
+    )
 
 
 def _prepare(settings: PrepareSettings) -> None:
