@@ -2,16 +2,18 @@
 
 import os
 import signal
+import socket
 
 import fork_server
 import pytest
 import torch
 from checkpoint_common import arguments
+from distributed import run_ranks
 
 from megagpt.dist import World
-from megagpt.dist.devices import claim, gpu_index
+from megagpt.dist.devices import claim, gpu_index, refuse_idle
 from megagpt.errors import ConfigError
-from megagpt.train.engine import make_deterministic
+from megagpt.train.engine import agreed, device_of, make_deterministic, start_distributed, stop_distributed
 
 
 def rank_of_eight(local_rank: int, launcher: str = "torch") -> World:
@@ -56,6 +58,35 @@ def test_two_ranks_that_see_one_and_the_same_gpu_are_told():
     claim("f00", rank_of_eight(0, "slurm"), {"SLURM_JOB_ID": f"{os.getpid()}1"})  # as another job may
     with pytest.raises(ConfigError, match=r"another one has rank 2's \(GPU f00\); start one rank a GPU"):
         claim("f00", rank_of_eight(2, "slurm"), env)
+
+
+def test_the_one_process_of_a_job_does_not_leave_other_gpus_idle_in_silence(monkeypatch):
+    alone = World(0, 1, 0, 1, 0, "127.0.0.1", 29500, "single")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match=r"one process of job 7 .* sees 8 GPUs; .*--ntasks-per-node=8, .*_DEVICES=0"):
+        device_of(alone)
+    refuse_idle(alone, 1, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"})
+    refuse_idle(alone, 8, {})
+    refuse_idle(World(0, 1, 0, 1, 0, "127.0.0.1", 29500, "torch"), 8, {"SLURM_JOB_ID": "7"})  # a launcher was told so
+
+
+def _choice_of_a_host_with_a_compiler_and_one_without(reason):
+    start_distributed(timeout_minutes=1)
+    torch.cuda.is_available = lambda: True  # of the choice alone: the ranks talk over gloo
+    mine = torch.optim.Adam if os.environ["RANK"] == "0" else reason
+    chosen = [agreed(torch.optim.Adam).__name__, agreed(mine)]
+    torch.cuda.is_available = lambda: False
+    stop_distributed()
+    return chosen
+
+
+def test_all_ranks_take_the_optimiser_that_each_of_them_has():
+    """One host without nvcc would step its part with torch's AdamW and the others theirs with DeepSpeed's."""
+    results = run_ranks(_choice_of_a_host_with_a_compiler_and_one_without, 2, "fused_adam does not build: no nvcc")
+    told = f"{socket.gethostname()}: fused_adam does not build: no nvcc"
+    assert [chosen for chosen, _ in results] == [["Adam", told]] * 2
 
 
 @pytest.mark.parametrize("stage", [1, 3])

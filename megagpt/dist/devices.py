@@ -39,6 +39,19 @@ def gpu_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -
     return world.local_rank
 
 
+def refuse_idle(world: World, visible: int, env: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where the one process of a job was given several GPUs.
+
+    On a desktop that is a choice; in a job the others would stand idle for as long as it trains.
+    """
+    if world.launcher == "single" and visible > 1 and env.get("SLURM_JOB_ID"):
+        raise ConfigError(
+            f"this is the one process of job {env['SLURM_JOB_ID']} on {socket.gethostname()} and it sees {visible} "
+            f"GPUs; start one a GPU (srun --ntasks-per-node={visible}, deepspeed --num_gpus {visible}), or set "
+            "CUDA_VISIBLE_DEVICES=0 to train on one of them"
+        )
+
+
 def claim(gpu: str, world: World, env: Mapping[str, str] = os.environ) -> None:
     """Take the GPU of that name for this rank. Raises ConfigError where another rank of this run has it.
 

@@ -6,6 +6,7 @@ is reported before.
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.deepspeed import ResolvedConfig
-from megagpt.dist import World
-from megagpt.dist.devices import own_gpu
+from megagpt.dist import World, gather_json
+from megagpt.dist.devices import own_gpu, refuse_idle
 from megagpt.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +46,7 @@ def device_of(world: World) -> torch.device:
     if not torch.cuda.is_available():
         _share_cores(world)
         return torch.device("cpu")
+    refuse_idle(world, torch.cuda.device_count())
     return torch.device("cuda", own_gpu(world))
 
 
@@ -133,6 +135,18 @@ def adam_class(device: torch.device, offloaded: bool) -> type | str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{builder.name} does not build: {reason}"
     return DeepSpeedCPUAdam if offloaded else FusedAdam
+
+
+def agreed(mine: type | str) -> type | str:
+    """What all ranks use: ``mine``, or where any rank has a reason not to, that of the first one.
+
+    A host without a compiler would otherwise step its shard by another implementation than the others do theirs, and no
+    rank could load the other kind's states. Every rank calls this; on CPUs none has anything else.
+    """
+    if not torch.cuda.is_available():
+        return mine
+    reasons = gather_json(f"{socket.gethostname()}: {mine}" if isinstance(mine, str) else None)
+    return next(filter(None, reasons), mine)
 
 
 def buildable_operations() -> tuple[str, dict[str, str | None]]:

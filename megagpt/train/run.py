@@ -268,7 +268,7 @@ def _build_optimizer(model, plan: Plan, device: torch.device):
         eps=settings["eps"],
         guarded=deepspeed_engine.is_unsharded_fp32(config),
         clip=config.gradient_clipping,
-        compiled=lambda: deepspeed_engine.adam_class(device, offloaded),
+        compiled=lambda: deepspeed_engine.agreed(deepspeed_engine.adam_class(device, offloaded)),
     )
 
 
