@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from distributed import finetune, run_ranks
 from finetune_common import ds_config, pretrained, train_all, write_csv
 from safetensors.torch import load_file
 
+from megagpt.errors import ConfigError
+from megagpt.finetune.fields import parse
 from megagpt.finetune.main import main
+from megagpt.finetune.several import runs_of, tasks_of
 
 
 def arguments(home: Path, *more) -> list[str]:
@@ -42,6 +46,48 @@ def test_several_seeds_are_runs_of_their_own(tmp_path):
     assert [s["seed"] for s in summaries] == [3, 5]
     first, second = (load_file(tmp_path / "run" / f"seed{s}" / "model.safetensors") for s in (3, 5))
     assert not torch.equal(first["head.output.weight"], second["head.output.weight"])
+
+
+def write_tsv(path: Path, *rows: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row.replace(" | ", "\t") + "\n" for row in rows))
+
+
+def test_several_tasks_are_runs_of_their_own_and_are_looked_for_first(tmp_path):
+    flags = arguments(tmp_path, "--task", "sst2,rte", "--task_data", tmp_path / "glue", "--epochs", 1)
+    own = [i for name in ("--train", "--valid") for i in (flags.index(name), flags.index(name) + 1)]
+    flags = [word for i, word in enumerate(flags) if i not in own]
+    for split, n in (("train", 16), ("dev", 4)):
+        rows = [f"{('good', 'bad')[i % 2]} number {i} | {i % 2}" for i in range(n)]
+        write_tsv(tmp_path / "glue" / "SST-2" / f"{split}.tsv", "sentence | label", *rows)
+    codes, output = finetune(flags)
+    assert codes == [2], output
+    assert "has no train.tsv of task rte" in output
+    assert not (tmp_path / "run").exists()
+    for split, n in (("train", 16), ("dev", 4)):
+        rows = [f"{i} | a {i} | b {i} | {('entailment', 'not_entailment')[i % 2]}" for i in range(n)]
+        write_tsv(tmp_path / "glue" / "RTE" / f"{split}.tsv", "index | sentence1 | sentence2 | label", *rows)
+    codes, output = finetune(flags)
+    assert codes == [0], output
+    found = {task: json.loads((tmp_path / "run" / task / "summary.json").read_text()) for task in ("sst2", "rte")}
+    assert all(summary["task"] == task for task, summary in found.items())
+
+
+def test_glue_is_its_nine_tasks_and_each_may_have_several_seeds(tmp_path):
+    from test_finetune_tasks import GLUE_FILES, write_glue
+
+    nine = tasks_of("glue")
+    assert len(nine) == 9
+    assert tasks_of("rte, glue,rte") == ["rte", *(name for name in nine if name != "rte")]
+    for name in ("cola", "rte"):
+        write_glue(tmp_path, name)
+    settings = parse([*arguments(tmp_path)[:2], "--task", "cola,rte", "--task_data", str(tmp_path), "--seeds", "1,2",
+                      "--init_from", "x", "--run_dir", "runs"])  # fmt: skip
+    places = [(run.task, run.seed, run.run_dir) for run in runs_of(settings)]
+    assert places == [(task, seed, f"runs/{task}/seed{seed}") for task in ("cola", "rte") for seed in (1, 2)]
+    assert GLUE_FILES.keys() <= set(nine)
+    with pytest.raises(ConfigError, match=r"task 'rtte' is unknown \(did you mean 'rte'"):
+        runs_of(replace(settings, task="cola,rtte"))
 
 
 @pytest.fixture(scope="module")

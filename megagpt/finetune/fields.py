@@ -21,7 +21,7 @@ class _TaskFlags(NeededFlags):
     tokenizer: str | None = None  # the pre-trained model's tokenizer.json; the one in its run folder by default
 
     # the task: a published one ...
-    task: str | None = None  # its name; megagpt tasks lists them
+    task: str | None = None  # its name (megagpt tasks lists them), several as in cola,rte, or glue: RUN_DIR/cola, ...
     task_data: str | None = None  # folder with its files
     # ... or files of your own, CSV, TSV or JSON lines
     train: str | None = None  # training examples

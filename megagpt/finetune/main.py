@@ -1,7 +1,6 @@
 """Fine-tuning from the command line."""
 
 import os
-from dataclasses import replace
 
 from megagpt import dist
 from megagpt.errors import Stopped
@@ -25,12 +24,9 @@ def _main(argv: list[str] | None, stop: StopRequests) -> None:
     raw = deepspeed.load(settings.ds_config)
 
     from megagpt.finetune.plan import make_plan
+    from megagpt.finetune.several import runs_of
 
-    runs = [
-        replace(settings, seed=seed, run_dir=os.path.join(settings.run_dir, f"seed{seed}"), seeds=None)
-        for seed in settings.seed_list
-    ]
-    runs = runs or [settings]
+    runs = runs_of(settings)
     plan = make_plan(runs[0], raw, world)
     if settings.preview:
         from megagpt.finetune.preview import preview

@@ -191,6 +191,17 @@ def find_folder(task: Task, folder: str | Path) -> Path | None:
     return None
 
 
+def home_of(task: Task, folder: str | Path) -> Path:
+    """The same folder. Raises DataError where there is none."""
+    home = find_folder(task, folder)
+    if home is None:
+        raise DataError(
+            f"{folder} has no {task.train[0].replace('+', ' and ')} of task {task.name}, neither in it nor in a folder "
+            f"{', '.join(dict.fromkeys((task.name, *task.folders)))}; give the folder of the task's files"
+        )
+    return home
+
+
 def files_of(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """The files, or folders, of a split: the first of ``names`` that is there; parts of one name are joined by +."""
     for name in names:
@@ -211,12 +222,7 @@ def load_task(name: str, folder: str | Path) -> TaskData:
     Raises ConfigError for an unknown task and DataError where files are missing or cannot be used.
     """
     task = find_task(name)
-    home = find_folder(task, folder)
-    if home is None:
-        raise DataError(
-            f"{folder} has no {task.train[0].replace('+', ' and ')} of task {name}, neither in it nor in a folder "
-            f"{', '.join(dict.fromkeys((task.name, *task.folders)))}; give the folder of the task's files"
-        )
+    home = home_of(task, folder)
     train = _read(task, files_of(home, task.train))
     valid = {key: _read(task, found) for key, names in task.valid.items() if (found := files_of(home, names))}
     tests = {key: _read(task, found, test=True) for key, names in task.test.items() if (found := files_of(home, names))}

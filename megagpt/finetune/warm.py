@@ -17,6 +17,7 @@ from megagpt.finetune.fields import parse
 from megagpt.finetune.model import TASK, Classifier
 from megagpt.finetune.phases import open_batches
 from megagpt.finetune.plan import FinetunePlan, make_plan
+from megagpt.finetune.several import runs_of
 from megagpt.train import engine, kernels
 from megagpt.train.batches import BatchPlan
 
@@ -24,7 +25,7 @@ from megagpt.train.batches import BatchPlan
 def warm_main(argv: list[str]) -> None:
     """Run ``megagpt finetune warm`` with the flags of ``finetune.py``. MEGAGPT_WARM_RANKS says how many ranks."""
     begun = time.monotonic()
-    settings = parse(argv)
+    settings = runs_of(parse(argv))[0]
     # The batch is split over the ranks to come; this process is none of them.
     ranks = int(os.environ.get("MEGAGPT_WARM_RANKS", "1"))
     world = dist.World(0, ranks, 0, 1, 0, "127.0.0.1", 0, launcher="single")
