@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    while args and args[0].replace("-", "_").startswith("__local_rank="):  # the deepspeed launcher's, before all else
+        args = args[1:]
     command = args[0] if args else "--help"
     if command in ("-h", "--help"):
         print(_help())

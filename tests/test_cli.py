@@ -59,6 +59,13 @@ def test_a_slip_in_a_command_is_answered_with_the_nearest(capsys):
     assert shown == "error: unknown command 'prepar' (did you mean 'prepare'?); see megagpt --help\n"
 
 
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_what_the_deepspeed_launcher_puts_before_a_command_is_no_command(capsys, flag):
+    """``deepspeed --module megagpt evaluate ...`` starts each rank with its number first."""
+    assert main([flag, "--version"]) == 0
+    assert capsys.readouterr().out == f"megagpt {__version__}\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_there(name):
     module, function, _ = COMMANDS[name]
