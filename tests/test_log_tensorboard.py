@@ -3,10 +3,12 @@
 from distributed import run_ranks
 from test_log_metrics import training_record
 
+from megagpt.train import csv_files
 from megagpt.train.log import RunLog
 
 
-def _log_with_deepspeeds_monitor(run_dir, start_step, steps):
+def _log_with_deepspeeds_monitor(folder, start_step, steps, run_dir=None):
+    """What a run in ``run_dir``, or in ``folder`` itself, sends to the monitors whose files are in ``folder``."""
 
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
@@ -15,11 +17,11 @@ def _log_with_deepspeeds_monitor(run_dir, start_step, steps):
 
     start_distributed(timeout_minutes=1)
     sections = {
-        "tensorboard": {"enabled": True, "output_path": str(run_dir), "job_name": "tb"},
-        "csv_monitor": {"enabled": True, "output_path": str(run_dir), "job_name": "csv"},
+        "tensorboard": {"enabled": True, "output_path": str(folder), "job_name": "tb"},
+        "csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "csv"},
     }
     monitor = MonitorMaster(get_monitor_config(sections))
-    with RunLog(run_dir, total_steps=9, is_main=True, monitor=monitor, start_step=start_step) as log:
+    with RunLog(run_dir or folder, total_steps=9, is_main=True, monitor=monitor, start_step=start_step) as log:
         for step in steps:
             log.train(training_record(step, loss_scale=8.0, mfu=0.5))
             if step % 2 == 0:
@@ -57,6 +59,27 @@ def test_the_curves_of_a_resumed_run_do_not_overlap(tmp_path):
     assert curves["train/loss"] == [1, 2, 3, 4, 5, 6, 7]
     assert curves["Train/Samples/train_loss"] == [8 * step for step in range(1, 8)]
     assert curves["valid/books/ppl"] == [2, 4, 6]
+    tables = {path.stem: path.read_text().splitlines() for path in (tmp_path / "csv").glob("*.csv")}
+    assert tables["train_loss"] == ["step,loss", *(f"{step},{4 - 0.01 * step}" for step in range(1, 8))]
+    assert [line.partition(",")[0] for line in tables["valid_books_ppl"]] == ["step", "2", "4", "6"]
+    classic = [line.partition(",")[0] for line in tables["Train_Samples_lr"]]
+    assert classic == ["step", *(str(8 * step) for step in range(1, 8))]
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_an_earlier_one_in_its_tables(tmp_path):
+    for name, lines in {"train_loss": "1,2.0\n2,1.", "Train_Samples_lr": "8,1.0\n", "empty": ""}.items():
+        (tmp_path / f"{name}.csv").write_text(f"step,x\n{lines}" if lines else "")
+    assert set(csv_files.truncate(tmp_path, -1)) == {"train_loss", "Train_Samples_lr"}
+    assert (tmp_path / "train_loss.csv").read_text().splitlines() == ["step,x"]
+    assert csv_files.truncate(tmp_path / "none", 3) == []
+
+
+def test_what_lies_outside_of_the_run_folder_is_not_cut(tmp_path):
+    """Two runs with one output_path and job_name: the second one to begin emptied the first one's curves."""
+    run_ranks(_log_with_deepspeeds_monitor, 1, tmp_path, 0, [1, 2])
+    run_ranks(_log_with_deepspeeds_monitor, 1, tmp_path, 0, [1, 2], tmp_path / "another run")
+    assert scalars(tmp_path)["train/loss"] == [1, 2, 1, 2]
+    assert len((tmp_path / "csv" / "train_loss.csv").read_text().splitlines()) == 6
 
 
 def test_a_damaged_event_ends_what_is_kept_and_not_the_run(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.secrets import hide
-from megagpt.train import events, report, wandb_run
+from megagpt.train import csv_files, events, report, wandb_run
 from megagpt.train.console import open_console
 from megagpt.train.metrics import MetricsFile
 from megagpt.train.zeroshot import as_record
@@ -54,7 +54,7 @@ class RunLog:
             last_step = start_step or -1  # a run that starts anew repeats its evaluation of step 0 too
             self._metrics = MetricsFile(self.run_dir, last_step)
             self._console = open_console(total_steps, start_step, self._metrics.skipped_steps)
-            self._cut_tensorboard(last_step)
+            self._cut_monitors(last_step)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -87,7 +87,7 @@ class RunLog:
                 self._metrics.cut(last_step)
             except OSError as error:
                 self._warn_once("metrics.jsonl", f"cannot be cut back ({error.strerror})")
-            self._cut_tensorboard(last_step)
+            self._cut_monitors(last_step)
 
     def zeroshot(self, results: dict[str, dict], step: int) -> None:
         """Log the figures of tasks that the model was asked at ``step`` without being trained for them."""
@@ -130,14 +130,21 @@ class RunLog:
             self._console.close()
             self._metrics.close()
 
-    def _cut_tensorboard(self, last_step: int) -> None:
-        tensorboard = getattr(self._monitor, "tb_monitor", None)
-        if tensorboard is None or tensorboard.summary_writer is None:
-            return
+    def _cut_monitors(self, last_step: int) -> None:
+        """Cut the monitors' files in the run folder; elsewhere may be those of other runs beside them."""
+        tensorboard, csv = (getattr(self._monitor, f"{name}_monitor", None) for name in ("tb", "csv"))
+        writer = getattr(tensorboard, "summary_writer", None)
         try:
-            events.truncate(Path(tensorboard.summary_writer.log_dir), last_step)
+            if writer is not None and self._is_ours(writer.log_dir):
+                events.truncate(Path(writer.log_dir), last_step)
+            if csv is not None and self._is_ours(csv.log_dir):
+                # The first line of a file that is there need not be written again.
+                csv.filenames = csv_files.truncate(Path(csv.log_dir), last_step)
         except OSError as error:
-            self._warn_once("TensorBoard's events", f"of an earlier start cannot be cut back ({error.strerror})")
+            self._warn_once("the monitors' files", f"of an earlier start cannot be cut back ({error.strerror})")
+
+    def _is_ours(self, folder: str) -> bool:
+        return Path(folder).resolve().is_relative_to(self.run_dir.resolve())
 
     def _write(self, record: dict) -> None:
         self._try(lambda: self._metrics.write(record))
