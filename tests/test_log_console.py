@@ -58,7 +58,7 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_remaining_time(tmp_path):
 
 def test_a_log_has_one_line_an_interval_with_labels_that_megatrons_readers_know(tmp_path, capsys):
     with RunLog(tmp_path, total_steps=200, is_main=True) as log:
-        log.train(training_record(150, loss_scale=65536.0, skipped_steps=2))
+        log.train(training_record(150, loss_scale=65536.0, skipped_steps=2, tflops_per_gpu=123.44))
     (line,) = capsys.readouterr().out.splitlines()
     assert re.match(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration      150/     200 \| ", line)
     fields = dict(part.split(": ", 1) for part in line.split(" | ")[1:])
@@ -67,6 +67,8 @@ def test_a_log_has_one_line_an_interval_with_labels_that_megatrons_readers_know(
     assert float(fields["loss scale"]) == 65536
     assert int(fields["consumed samples"]) == 1200
     assert float(fields["elapsed time per iteration (ms)"]) == 128
+    assert float(fields["throughput per GPU (TFLOP/s/GPU)"]) == 123.4
+    assert int(fields["global batch size"]) == 8
     assert int(fields["number of skipped iterations"]) == 2
 
 

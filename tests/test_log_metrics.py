@@ -23,6 +23,7 @@ def training_record(step, **changed):
         "skipped_steps": 0,
         "tokens": 128 * step,
         "samples": 8 * step,
+        "global_batch": 8,
         "tokens_per_s": 1000.0,
         "step_ms": 128.0,
         "data_ms": 0.1,

@@ -43,17 +43,19 @@ class Lines:
         self._skipped = skipped
 
     def train(self, record: dict) -> None:
-        skipped = record.get("skipped_steps", 0)
+        skipped, tflops = record.get("skipped_steps", 0), record.get("tflops_per_gpu")
         fields = [
             f"iteration {record['step']:8d}/{self.total_steps:8d}",
             f"consumed samples: {record['samples']:12d}",
             f"consumed tokens: {record['tokens']:12d}",
             f"elapsed time per iteration (ms): {record['step_ms']:.1f}",
+            *([f"throughput per GPU (TFLOP/s/GPU): {tflops:.1f}"] if tflops is not None else []),
             f"tokens per second: {record['tokens_per_s']:.0f}",
             f"data (ms): {record['data_ms']:.1f}",
             f"memory (GB): {record['memory_gb']:.2f}",
             *([f"mfu: {record['mfu']:.3f}"] if record.get("mfu") is not None else []),
             f"learning rate: {max(record['lr'].values()):.6E}",
+            *([f"global batch size: {record['global_batch']:5d}"] if "global_batch" in record else []),
             f"lm loss: {record['loss']:.6E}",
             *([f"loss scale: {record['loss_scale']:.1f}"] if record.get("loss_scale") is not None else []),
             *([f"grad norm: {record['grad_norm']:.3f}"] if record.get("grad_norm") is not None else []),

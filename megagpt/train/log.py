@@ -22,6 +22,7 @@ _SCALARS = {
     "tokens_per_s": "perf/tokens_per_s",
     "step_ms": "perf/step_ms",
     "data_ms": "perf/data_ms",
+    "tflops_per_gpu": "perf/tflops_per_gpu",
     "mfu": "perf/mfu",
     "memory_gb": "mem/peak_gb",
 }

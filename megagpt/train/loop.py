@@ -265,6 +265,7 @@ class Loop:
             "nan_steps": self.state.nan_steps,  # of these, without fp16's search for its loss scale
             "tokens": self.state.tokens,
             "samples": self.state.samples,
+            "global_batch": self.plan.global_batch,
             "tokens_per_s": tokens_per_s,
             "step_ms": 1e3 * seconds / steps,
             "data_ms": 1e3 * (self.batches.wait_s - self._marked_wait) / steps,
@@ -273,6 +274,8 @@ class Loop:
         spread, slow = self._rank_times.gather(steps)
         if spread:
             record["rank_ms"] = spread
+        if self.engine.device.type == "cuda":
+            record["tflops_per_gpu"] = tokens_per_s * self.flops_per_token / self.plan.world_size / 1e12
         if self.peak_flops:
             record["mfu"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.plan.world_size)
         self.log.train(record)

@@ -23,7 +23,7 @@ _OWN = {"ds_config", "run_dir", "resume", "max_steps", "max_tokens", "epochs"}
 _OWN |= {"save_interval", "keep_last", "log_interval"}
 _KILLED = 137
 # What a log line says of how fast the machine was, which no two runs share.
-_MEASURED = {"tokens_per_s", "step_ms", "data_ms", "memory_gb", "rank_ms", "mfu"}
+_MEASURED = {"tokens_per_s", "step_ms", "data_ms", "memory_gb", "rank_ms", "tflops_per_gpu", "mfu"}
 
 
 @dataclass(frozen=True)
