@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagpt.config import fields
 from megagpt.config.fields import TrainSettings, parse
 from megagpt.errors import ConfigError
 
@@ -35,6 +36,14 @@ def test_megatrons_names_of_the_same_things_are_understood():
     needed = [*NEEDED[:2], "--data-path", "corpus", *NEEDED[4:]]
     assert parse([*needed, *theirs.split()]) == parse([*NEEDED, *ours.split()])
     assert parse([*NEEDED, "--fp16"]).precision == "fp16"
+
+
+def test_megatrons_names_of_other_things_are_answered_with_what_serves_here():
+    text = message("--clip-grad", "1.0", "--tensor-model-parallel-size", "2", "--lr_decay", "x")
+    assert text.startswith("unknown flag --clip_grad (here: gradient_clipping in the DeepSpeed file), ")
+    assert "--tensor_model_parallel_size (here: ZeRO-3 splits large models)" in text
+    known = {*TrainSettings.__dataclass_fields__, *fields._ALIASES}
+    assert not known & fields._ELSEWHERE.keys()  # where one becomes a flag its hint has to go
 
 
 @pytest.mark.parametrize("name", ["--ds_config", "--ds-config", "--deepspeed_config", "--deepspeed"])

@@ -153,10 +153,29 @@ _MEGATRON = {
     "bf16": "precision",
     "fp16": "precision",
 }
+# ... and what serves in the place of those that are something else here.
+_ELSEWHERE = {
+    "clip_grad": "gradient_clipping in the DeepSpeed file",
+    "hidden_dropout": "--resid_dropout and --embd_dropout",
+    "initial_loss_scale": "fp16.initial_scale_power in the DeepSpeed file",
+    "load": "a run goes on from its own --run_dir; --init_from takes the weights of another one",
+    "lr_decay_style": "--schedule",
+    "max_position_embeddings": "--seq_len",
+    "pipeline_model_parallel_size": "ZeRO-3 splits large models",
+    "recompute_granularity": "--activation_checkpointing",
+    "save": "--run_dir",
+    "split": "megagpt prepare --valid_fraction, and --valid_data NAME=PREFIX",
+    "tensor_model_parallel_size": "ZeRO-3 splits large models",
+    "tensorboard_dir": "RUN_DIR/tb",
+    "tokenizer_type": "the corpus brings its tokenizer",
+    "train_samples": "--max_steps or --max_tokens",
+    "valid_data_path": "--valid_data NAME=PREFIX",
+    "vocab_file": "the corpus brings its tokenizer",
+}
 _ALIASES = {**shared.ALIASES, **_MEGATRON}
 _BARE = {**shared.BARE, "bf16": "bf16", "fp16": "fp16"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
-    return parse_flags(TrainSettings, argv, prog="train.py", aliases=_ALIASES, bare=_BARE)
+    return parse_flags(TrainSettings, argv, prog="train.py", aliases=_ALIASES, bare=_BARE, elsewhere=_ELSEWHERE)

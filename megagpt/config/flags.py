@@ -26,11 +26,13 @@ def parse_flags(
     prog: str,
     aliases: Mapping[str, str] | None = None,
     bare: Mapping[str, str | None] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Settings:
     """An instance of the dataclass ``cls`` from ``argv`` (the process's own arguments when None).
 
     ``aliases`` maps other names of a flag to its name, ``bare`` the flags that may stand without a value to the value
-    they then have, or to None when they then mean nothing. ``--local_rank``, which launchers add anywhere, is dropped.
+    they then have, or to None when they then mean nothing, ``elsewhere`` names of other programs' flags to what serves
+    here in their place, for the message. ``--local_rank``, which launchers add anywhere, is dropped.
     A field's trailing underscore, which keeps it apart from a word of Python's, is not part of its flag: ``from_`` is
     ``--from``. ``--help`` prints and exits.
     Raises ConfigError for an unknown flag, a missing one or a value that does not fit.
@@ -40,7 +42,7 @@ def parse_flags(
     args = _normalise(sys.argv[1:] if argv is None else argv, aliases or {}, bare or {})
     wants_help = any(arg in ("-h", "--help") for arg in args)
     if not wants_help:
-        _refuse_unknown(args, list(map(_flag, fields(cls))), prog)
+        _refuse_unknown(args, list(map(_flag, fields(cls))), prog, elsewhere or {})
         _refuse_missing(cls, args, prog)
         _refuse_repeated(cls, args)
     else:
@@ -120,10 +122,13 @@ def _normalise(argv: Sequence[str], aliases: Mapping[str, str], bare: Mapping[st
     return args
 
 
-def _refuse_unknown(args: Sequence[str], flags: Sequence[str], prog: str) -> None:
+def _refuse_unknown(args: Sequence[str], flags: Sequence[str], prog: str, elsewhere: Mapping[str, str]) -> None:
+    def hint(flag: str) -> str:
+        return f" (here: {elsewhere[flag[2:]]})" if flag[2:] in elsewhere else nearest(flag, flags)
+
     unknown = [arg[:80] for arg in args if _FLAG.match(arg) and arg not in flags]
     if unknown:
-        listed = ", ".join(f"{flag}{nearest(flag, flags)}" for flag in unknown[:5])
+        listed = ", ".join(f"{flag}{hint(flag)}" for flag in unknown[:5])
         raise ConfigError(f"unknown flag {listed}; {prog} --help lists the flags")
 
 
