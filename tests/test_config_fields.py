@@ -46,6 +46,12 @@ def test_megatrons_names_of_other_things_are_answered_with_what_serves_here():
     assert not known & fields._ELSEWHERE.keys()  # where one becomes a flag its hint has to go
 
 
+def test_weights_can_be_kept_only_of_what_is_saved():
+    assert parse([*NEEDED, "--keep_weights_interval", "4000"]).keep_weights_interval == 4000
+    assert "no multiple of --save_interval" in message("--keep_weights_interval", "1500")
+    assert "no multiple of --save_interval" in message("--keep_weights_interval", "5", "--save_interval", "0")
+
+
 @pytest.mark.parametrize("name", ["--ds_config", "--ds-config", "--deepspeed_config", "--deepspeed"])
 def test_the_deepspeed_file_has_the_names_that_launchers_and_tuners_use(name):
     assert parse([name, "y.json", *NEEDED[2:]]).ds_config == "y.json"

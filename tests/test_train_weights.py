@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from megagpt.errors import CheckpointError
 from megagpt.train import safe
+from megagpt.train.manifest import read_source
 from megagpt.train.weights import read_weights
 
 
@@ -43,6 +44,33 @@ def test_weights_are_read_whole_from_any_stage_and_start_a_new_run(tmp_path, sta
     assert copied.keys() == weights.keys()
     for name in weights:
         torch.testing.assert_close(copied[name], weights[name], atol=0, rtol=0)
+
+
+def test_weights_of_checkpoints_that_are_deleted_stay_where_that_is_asked_for(tmp_path):
+    run, flags = tmp_path / "run", {"keep_last": 2, "keep_weights_interval": 2}
+    code, output = resume(run, ranks=2, stage=3, max_steps=5, **flags)
+    assert code == 0, output
+    assert f"kept the weights of step 4 in {run / 'weights' / 'global_step4'}" in output
+    assert not folder(run, 2).exists()
+    assert sorted(path.name for path in (run / "weights").iterdir()) == ["global_step2", "global_step4"]
+    kept, settings = read_weights(run / "weights" / "global_step4")
+    saved, theirs = read_weights(folder(run, 4))
+    assert settings == theirs
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[name], saved[name]) for name in kept)
+    earlier, _ = read_weights(run / "weights" / "global_step2")
+    assert not torch.equal(earlier["wte.weight"], kept["wte.weight"])
+    assert read_source(run / "weights" / "global_step2") == read_source(run)
+
+
+def test_weights_that_cannot_be_kept_are_told_and_cost_nothing(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "weights").write_text("in the way")
+    code, output = resume(run, ranks=1, max_steps=2, keep_weights_interval=1)
+    assert code == 0, output
+    assert "WARNING: the weights of global_step2 cannot be kept, going on: " in output
+    assert folder(run, 2).exists()
 
 
 def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):

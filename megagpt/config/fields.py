@@ -66,6 +66,7 @@ class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
 
     on_nan: Literal["skip", "rewind", "stop"] = "skip"  # skip an update that is not finite, go back before it, or stop
     rewind_limit: int = 5  # how often a run may go back to a checkpoint
+    keep_weights_interval: int = 0  # steps between checkpoints whose weights stay in RUN_DIR/weights; 0 none
 
     def __post_init__(self) -> None:
         problems = [*self._number_problems(), *self._text_problems()]
@@ -79,6 +80,8 @@ class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
             yield f"--{' and --'.join(lengths)} both say how long to train; give one"
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             yield f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}"
+        if self.keep_weights_interval and (not self.save_interval or self.keep_weights_interval % self.save_interval):
+            yield f"--keep_weights_interval {self.keep_weights_interval} is no multiple of --save_interval"
         if self.zeroshot_interval and self.zeroshot_data is None:
             yield "--zeroshot_interval needs --zeroshot_data DIR, the folder with the tasks' files"
         if self.zeroshot_data is not None and not self.zeroshot_interval:
@@ -121,7 +124,10 @@ _RANGES = {
     **shared.RANGES,
     **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size"), (1, MOST, False)),
     **dict.fromkeys(("max_steps", "max_tokens", "eval_steps", "zeroshot_limit"), (1, MOST, False)),
-    **dict.fromkeys(("warmup_steps", "eval_interval", "rewind_limit", "zeroshot_interval"), (0, MOST, False)),
+    **dict.fromkeys(
+        ("warmup_steps", "eval_interval", "rewind_limit", "zeroshot_interval", "keep_weights_interval"),
+        (0, MOST, False),
+    ),
     **dict.fromkeys(("dropout", "embd_dropout", "attn_dropout", "resid_dropout"), (0.0, BELOW_ONE, False)),
     **dict.fromkeys(("lr", "epochs"), (0.0, MOST_FLOAT, True)),
     "min_lr": (0.0, MOST_FLOAT, False),

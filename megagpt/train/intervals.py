@@ -15,6 +15,7 @@ class Intervals:
     first: int = 0  # where this loop's part of the run begins
     save_evaluated: bool = False  # save after every evaluation as well
     compare_ranks: int = 0
+    keep_weights: int = 0
     zeroshot: int = 0  # the first time; then at twice as many steps, and again
 
 

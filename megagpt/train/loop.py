@@ -107,6 +107,7 @@ class Loop:
             saved=self.stop.saved,
             mirror=mirror,
             in_background=async_save,
+            keep_weights=intervals.keep_weights,
         )
         self.last_valid: dict[str, dict] = {}
         self.numbers = Numbers(engine, config, state, on_nan=on_nan, spike_factor=spike_factor)

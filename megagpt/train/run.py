@@ -196,6 +196,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
             settings.keep_last,
             compare_ranks=settings.compare_ranks_interval,
             zeroshot=settings.zeroshot_interval,
+            keep_weights=settings.keep_weights_interval,
         ),
         state=state,
         root=plan.root,

@@ -8,8 +8,9 @@ import torch
 
 from megagpt import dist
 from megagpt.errors import StorageError
-from megagpt.train import checkpoint, manifest, retention
+from megagpt.train import checkpoint, kept_weights, manifest, retention
 from megagpt.train import engine as deepspeed_engine
+from megagpt.train.intervals import due
 from megagpt.train.mirror import Mirror
 
 _MAX_FAILED = 3  # periodic saves that may fail in a row
@@ -20,6 +21,7 @@ class Saver:
 
     ``needed`` are about the bytes of one, ``keep_last`` how many stay beside the best, ``say`` shows a line and
     ``saved`` is told how many seconds one took. With ``in_background`` training waits only for a copy in memory.
+    Checkpoints at multiples of ``keep_weights`` leave their weights behind.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Saver:
         saved: Callable[[float], None],
         mirror: Mirror | None = None,
         in_background: bool = False,
+        keep_weights: int = 0,
     ) -> None:
         self.mirror = mirror
         self._what = engine, root, state, config
@@ -44,6 +47,7 @@ class Saver:
         self._say = say
         self._saved = saved
         self._in_background = in_background
+        self._keep_weights = keep_weights
         self._unfinished: tuple[checkpoint.UnfinishedSave, tuple, float] | None = None
         # Resuming found these damaged, or it would have gone on from one of them.
         self._passed_over = {n for n in map(manifest.step_of, manifest.folders(root)) if n > state.step}
@@ -102,6 +106,8 @@ class Saver:
         self._say(f"saved {folder} in {seconds:.1f} s")
         self._passed_over.discard(step)  # there is a good one now
         if dist.is_main():
+            if due(step, self._keep_weights):
+                self._say(kept_weights.keep(folder))
             keep = {self._state.best_step} - {None}
             if self.mirror is not None:
                 self.mirror.start(folder, set(keep))
