@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos soak power-loss corruption fuzz lint bench gpu clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos soak power-loss corruption fuzz lint bench gpu lock clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
@@ -28,10 +28,11 @@ help:
 	@echo "make bench        measure data preparation, training, fine-tuning, checkpoints and generation on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
+	@echo "make lock         write requirements.lock anew from pyproject.toml"
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml requirements.lock
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
 	    'error: MegaGPT needs Python 3.10 to 3.12 and this is %d.%d; name another: make PYTHON=python3.11' % v)"
 	@echo "installing into $(VENV); the first time this takes a few minutes"
@@ -39,8 +40,17 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet '$(TRITON)'
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[all,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+# Everything but torch and Triton, whose build depends on the machine. What is locked stays unless UPGRADE=--upgrade.
+lock: install
+	$(BIN)/pip install --quiet uv
+	printf "torch; sys_platform == 'none'\ntriton; sys_platform == 'none'\n" >$(VENV)/elsewhere.txt
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra dev --universal --python-version 3.10 --generate-hashes \
+	    --override $(VENV)/elsewhere.txt --no-emit-package torch --no-emit-package triton --no-annotate --no-header \
+	    $(UPGRADE) --quiet --output-file requirements.lock
 
 quickstart: install
 	$(BIN)/python -m megagpt.tools.quickstart

@@ -58,7 +58,7 @@ def plot(steps: Sequence[dict], path: Path) -> tuple[Path | None, str | None]:
         return None, "matplotlib is not installed (pip install 'megagpt[plots]')"
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for task, (x, y) in drawn.items():
         axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=task)
@@ -70,7 +70,7 @@ def plot(steps: Sequence[dict], path: Path) -> tuple[Path | None, str | None]:
     axes.set_ylabel("relative task performance")
     axes.axhline(0.0, color="0.7", linewidth=0.8, linestyle="--")  # a random guess
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path)
