@@ -214,6 +214,7 @@ def test_a_study_of_ablations_has_an_lstm_where_there_is_one():
         ({"seeds": "a"}, ["--init_from", "r"], "--seeds 'a' is not a list of whole numbers"),
         ({"values": "0,x"}, ["--init_from", "r"], "--values '0,x' is not a list"),
         ({}, ["--init_from", "r", "--seed", "1"], "--seed after -- is what the study varies"),
+        ({}, ["--init_from", "r", "--task", "glue"], "--task glue names several tasks and a study is of one"),
         ({}, ["--init_from", "nowhere"], "nowhere/run.json does not tell the number of blocks; give --values"),
     ],
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError, DataError, nearest
 from megagpt.finetune import report, report_plots
+from megagpt.finetune.several import tasks_of
 from megagpt.tools.slurm_script import render
 
 STUDIES = ("layers", "size", "ablation")
@@ -85,6 +86,8 @@ def points_of(kind: str, settings: StudySettings, passed: Sequence[str]) -> list
         raise ConfigError(f"{' and '.join(own)} after -- is what the study varies; give --seeds, --values, --run_dir")
     if "init_from" not in flags:
         raise ConfigError("a study of transfer needs --init_from RUN after --")
+    if len(tasks_of(flags.get("task"))) > 1:
+        raise ConfigError(f"--task {flags['task']} names several tasks and a study is of one; make one for each")
     try:
         seeds = [int(seed) for seed in settings.seeds.split(",")]
     except ValueError:
