@@ -60,6 +60,15 @@ def test_two_ranks_that_see_one_and_the_same_gpu_are_told():
         claim("f00", rank_of_eight(2, "slurm"), env)
 
 
+def test_a_long_name_of_the_first_host_is_no_second_rank_on_a_gpu():
+    """With it the claim's own name exceeded what a socket can be called, and every rank was told to be the second."""
+    far = World(0, 2, 0, 2, 0, f"{'ip-10-0-12-34.' * 6}compute.internal", 29500, "slurm")
+    gpu, env = "6f3a1c52-9a8e-4d07-b2ce-7e0cbb1f0d11", {"SLURM_JOB_ID": str(os.getpid())}
+    claim(gpu, far, env)
+    with pytest.raises(ConfigError, match="another one has rank 0's"):
+        claim(gpu, far, env)
+
+
 def test_the_one_process_of_a_job_does_not_leave_other_gpus_idle_in_silence(monkeypatch):
     alone = World(0, 1, 0, 1, 0, "127.0.0.1", 29500, "single")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

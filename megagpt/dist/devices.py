@@ -1,5 +1,7 @@
 """Which GPU is whose: one for each rank."""
 
+import errno
+import hashlib
 import os
 import socket
 from collections.abc import Mapping
@@ -58,12 +60,15 @@ def claim(gpu: str, world: World, env: Mapping[str, str] = os.environ) -> None:
     Every rank may see a single GPU and call it 0: whether that is the same one, the variables don't tell, and NCCL says
     so only after all have met. The claim is a socket in Linux's abstract namespace, which vanishes with its process.
     """
-    meeting = f"{world.master_addr}-{world.master_port}-{env.get('SLURM_JOB_ID', '')}"
+    about = f"{os.getuid()} {world.master_addr} {world.master_port} {env.get('SLURM_JOB_ID', '')} {gpu}"
+    name = hashlib.sha256(about.encode()).hexdigest()  # names of hosts may be longer than the 107 bytes of an address
     sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        sign.bind(f"\0megagpt-gpu-{os.getuid()}-{meeting}-{gpu}")
-    except OSError:
+        sign.bind(f"\0megagpt-gpu-{name}")
+    except OSError as error:
         sign.close()
+        if error.errno != errno.EADDRINUSE:  # a sandbox without such sockets: NCCL will have to say it
+            return
         raise ConfigError(
             f"the {world.local_world_size} ranks on {socket.gethostname()} were given fewer GPUs than that: another one "
             f"has rank {world.rank}'s (GPU {gpu}); start one rank a GPU: as many --ntasks-per-node as --gpus-per-node, "
