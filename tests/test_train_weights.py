@@ -2,15 +2,18 @@
 
 import json
 
+import fork_server
 import pytest
 import torch
-from checkpoint_common import folder, resume, shard
+from checkpoint_common import arguments, folder, resume, shard
 from corpora import write_bytes_corpus
+from crash_disk import Disk
+from disk_recorder import Recorder, read
 from distributed import run_ranks
 from safetensors.torch import save_file
 
 from megagpt.errors import CheckpointError
-from megagpt.train import safe
+from megagpt.train import faults, kept_weights, safe
 from megagpt.train.manifest import read_source
 from megagpt.train.weights import read_weights
 
@@ -61,6 +64,47 @@ def test_weights_of_checkpoints_that_are_deleted_stay_where_that_is_asked_for(tm
     earlier, _ = read_weights(run / "weights" / "global_step2")
     assert not torch.equal(earlier["wte.weight"], kept["wte.weight"])
     assert read_source(run / "weights" / "global_step2") == read_source(run)
+
+
+def test_weights_that_a_killed_start_did_not_come_to_are_kept_by_the_next_one(tmp_path):
+    """The run goes on behind that checkpoint: its weights were never kept, and nothing said so."""
+    run, flags = tmp_path / "run", {"keep_last": 2, "keep_weights_interval": 2}
+    with fork_server.train(arguments(run, **flags), 1, env={faults.VARIABLE: "committed:0:2"}) as job:
+        assert job.wait() == [-9], job.output()
+    assert not (run / "weights").exists()
+    (run / "weights" / ".tmp-global_step2").mkdir(parents=True)
+    code, output = resume(run, ranks=1, max_steps=4, **flags)
+    assert code == 0, output
+    assert sorted(path.name for path in (run / "weights").iterdir()) == ["global_step2", "global_step4"]
+    assert not folder(run, 2).exists()
+    weights, _ = read_weights(run / "weights" / "global_step2")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert "kept" not in resume(run, ranks=1, max_steps=4, **flags)[1]
+
+
+def _keep_recorded(run) -> str:
+    """Keeps the weights of a run's newest checkpoint; in a process of its own, for a recorder stays."""
+    out = run.with_name("recorded")
+    out.mkdir()
+    files = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    folders = [str(p.relative_to(run)) for p in run.rglob("*") if p.is_dir()]
+    Recorder(str(run), out)
+    told = kept_weights.keep(folder(run, 4), is_new=True)
+    recording = read(out, files, folders)
+    disk = Disk(recording)
+    for event in recording.events:
+        disk.do(event)
+    left = disk.crash([False] * len(disk.pending), lambda node, file: b"")
+    for path in (run / "weights").rglob("*.*"):
+        name = str(path.relative_to(run))
+        assert left.get(name) == path.read_bytes(), f"{name} is lost: {sorted(left)}"
+    return told
+
+
+def test_kept_weights_are_there_after_a_loss_of_power(run_dir):
+    """Their checkpoint may be deleted next."""
+    ((told, _),) = run_ranks(_keep_recorded, 1, run_dir)
+    assert "kept the weights of step 4" in told
 
 
 def test_weights_that_cannot_be_kept_are_told_and_cost_nothing(tmp_path):

@@ -121,6 +121,7 @@ class Loop:
     def run(self) -> None:
         """Train to the end. Raises NumericError, StorageError, Stopped, or whatever broke; saved work stays saved."""
         self.engine.train()
+        self.saver.keep_missing_weights()
         try:
             while self.state.step < self.intervals.total:
                 self.advance()

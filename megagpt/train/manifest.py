@@ -21,6 +21,7 @@ from megagpt.model.tensors import open_safetensors, refuse_pickles
 from megagpt.train import faults
 
 FOLDER = "checkpoints"  # inside the run folder
+KEPT_WEIGHTS = "weights"  # beside it: the weights alone of checkpoints that may be gone
 MANIFEST = "manifest.json"
 STATE = "megagpt_state.json"  # step, samples, model, data: what a checkpoint holds beside tensors
 LATEST = "latest"

@@ -54,6 +54,12 @@ class Saver:
         self._failed = 0
         self.saved_step = state.step  # the checkpoint that the run goes on from, or there is nothing yet to save
 
+    def keep_missing_weights(self) -> None:
+        """Keep those that an earlier start has not come to; before a first save deletes their checkpoints."""
+        if dist.is_main() and self._keep_weights:
+            for line in kept_weights.keep_missing(self._root, self._keep_weights, self._passed_over):
+                self._say(line)
+
     def save(self, *, final: bool, best: tuple) -> None:
         """Save the state; every rank calls this, after :meth:`settle`.
 
@@ -107,7 +113,7 @@ class Saver:
         self._passed_over.discard(step)  # there is a good one now
         if dist.is_main():
             if due(step, self._keep_weights):
-                self._say(kept_weights.keep(folder))
+                self._say(kept_weights.keep(folder, is_new=True))
             keep = {self._state.best_step} - {None}
             if self.mirror is not None:
                 self.mirror.start(folder, set(keep))

@@ -31,17 +31,17 @@ _RANK = re.compile(r"zero_pp_rank_([0-9]+)_")
 Parts = list[Tensor]  # one-dimensional, to be read as if they lay one behind the other
 
 
-def open_weights(path: Path) -> tuple[Tensors, dict]:
+def open_weights(path: Path, problem: Callable[[Path], str | None] = manifest.problem) -> tuple[Tensors, dict]:
     """The weights, whatever ZeRO stage they were saved under, and the model's settings.
 
     ``path`` is a run folder (its newest intact checkpoint; newer ones that are damaged are told on stderr), a
     checkpoint folder, a .safetensors file (whose settings are in its metadata under ``config``), or a folder with a
-    model.safetensors. Raises CheckpointError when there is nothing usable.
+    model.safetensors. ``problem`` is how a checkpoint is verified. Raises CheckpointError when there is nothing usable.
     """
     path = manifest.weights_path(Path(path))
     if path.suffix == ".safetensors":
         return read_safetensors(path), manifest.read_source(path).model
-    folder, passed_over = manifest.locate(path)
+    folder, passed_over = manifest.locate(path, problem)
     if dist.is_main():
         for note in passed_over:
             print(f"warning: {note}", file=sys.stderr, flush=True)
