@@ -54,7 +54,7 @@ def logged(run_dir):
 
 def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, tmp_path):
     run = tmp_path / "run"
-    codes, output = train(flags(folder, run), 2)
+    codes, output = train(flags(folder, run, keep_last=2, keep_weights_interval=1), 2)
     assert codes == [0, 0], output
     found = logged(run)
     assert list(found) == [0, 1, 2, 4, 5]
@@ -62,6 +62,7 @@ def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, 
     rows = list(csv.DictReader((run / "zeroshot.csv").open()))
     assert [(row["step"], row["task"]) for row in rows[:3]] == [("0", "cola"), ("0", "sst2"), ("1", "cola")]
     assert (run / "zeroshot.png").exists()
+    assert len(list((run / "checkpoints").glob("global_step*"))) < 5  # of the others there are only weights
     words = ["--trajectory", run, "--task_data", folder / "tasks", "--json", tmp_path / "out.json"]
     assert zeroshot_main([*map(str, words), "--references", "sst2=93.2"]) == 0
     steps = json.loads((tmp_path / "out.json").read_text())["trajectory"]

@@ -28,7 +28,7 @@ class ZeroshotSettings:
 
     task_data: str  # folder with the tasks' published files, or with a folder for each task
     from_: tuple[str, ...] = ()  # what megagpt generate takes: run folders, ...; several are also averaged
-    trajectory: str | None = None  # instead: a run folder, of which every checkpoint that is kept is asked
+    trajectory: str | None = None  # instead: a run folder, of which all checkpoints and kept weights are asked
     tasks: tuple[str, ...] = ()  # cola, sst2, race, winograd, pdp60, copa; all whose files are there by default
     scoring: Literal["partial", "full"] = "partial"  # winograd, pdp60, copa: a part of the text, or all
     limit: int | None = None  # questions of each task, evenly spread over it; all by default
@@ -91,17 +91,22 @@ def zeroshot_main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_checkpoints(run: Path) -> tuple[list[str], list[str]]:
-    """The intact checkpoints of a run, oldest first, and a line for each other one. Raises CheckpointError."""
-    found, notes = [], []
-    for folder in reversed(manifest.folders(manifest.root_of(run))):
+    """The intact checkpoints of a run, oldest first, and a line for each other one. Raises CheckpointError.
+
+    Where one is gone and its weights were kept, they are taken.
+    """
+    found, notes = {}, []
+    for folder in manifest.folders(manifest.root_of(run)):
         reason = manifest.problem(folder)
         if reason is None:
-            found.append(str(folder))
+            found[manifest.step_of(folder)] = str(folder)
         else:
-            notes.append(f"skipped checkpoint {folder.name}: {reason}")
+            notes.insert(0, f"skipped checkpoint {folder.name}: {reason}")
+    for folder in manifest.folders(run / manifest.KEPT_WEIGHTS):
+        found.setdefault(manifest.step_of(folder), str(folder))
     if not found:
         raise CheckpointError(f"{notes[0]}, and there is no other") if notes else manifest.nothing_there(run)
-    return found, notes
+    return [found[step] for step in sorted(found)], notes
 
 
 def _models(settings: ZeroshotSettings, sources: list[Source], read: _Read, world, device) -> dict:
