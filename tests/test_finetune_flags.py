@@ -90,6 +90,15 @@ def test_glue_is_its_nine_tasks_and_each_may_have_several_seeds(tmp_path):
         runs_of(replace(settings, task="cola,rtte"))
 
 
+def test_an_empty_name_of_a_task_is_told_as_such():
+    """As of a variable that is not set: it was a traceback."""
+    words = ["--ds_config", "x", "--init_from", "x", "--run_dir", "x"]
+    with pytest.raises(ConfigError, match="--task is empty"):
+        parse([*words, "--task", "", "--task_data", "glue"])
+    with pytest.raises(ConfigError, match="--train is empty"):
+        parse([*words, "--train", "", "--valid", "x"])
+
+
 @pytest.fixture(scope="module")
 def transfers(tmp_path_factory) -> dict[int, dict]:
     """Weights after one update whose rate is 0, so as they were at the start, by the number of blocks taken over."""

@@ -89,7 +89,7 @@ class FinetuneSettings(RunFlags, BatchFlags, OptimiserFlags, _TaskFlags):
             yield f"--seeds {self.seeds!r} is no list of whole numbers like 1,2,3"
 
     def _source_problems(self):
-        yield from shared.text_problems(self, "init_from")
+        yield from shared.text_problems(self, "init_from", "task", "task_data", "train", "valid")
         if (self.task is None) == (self.train is None):
             yield "give either --task NAME with --task_data FOLDER, or --train FILE with --valid FILE"
         elif self.task is not None and self.task_data is None:

@@ -21,6 +21,7 @@ from megagpt.train import faults, manifest, metrics, restarts
 _HOME = Path(__file__).resolve().parent.parent.parent
 _OWN = {"ds_config", "run_dir", "resume", "max_steps", "max_tokens", "epochs"}
 _OWN |= {"save_interval", "keep_last", "log_interval"}
+_SHARED = {"mirror"}  # the second run would go on from the first one's checkpoints there
 _KILLED = 137
 # What a log line says of how fast the machine was, which no two runs share.
 _MEASURED = {"tokens_per_s", "step_ms", "data_ms", "memory_gb", "rank_ms", "tflops_per_gpu", "mfu"}
@@ -55,6 +56,8 @@ def selftest_main(argv: Sequence[str]) -> int:
     names = {word[2:].partition("=")[0].replace("-", "_") for word in passed if word.startswith("--")}
     if taken := sorted(names & _OWN):
         raise ConfigError(f"--{taken[0]} after -- is what the test itself sets; give --ds_config, --steps, --run_dir")
+    if shared := sorted(names & _SHARED):
+        raise ConfigError(f"--{shared[0]} after -- would be one folder for both runs of the test; leave it out")
     if settings.steps < 3:
         raise ConfigError(f"--steps {settings.steps} leaves no step between two checkpoints; give 3 or more")
     with _folder(settings.run_dir) as home:
