@@ -42,7 +42,7 @@ def test_megatrons_names_of_other_things_are_answered_with_what_serves_here():
     text = message("--clip-grad", "1.0", "--tensor-model-parallel-size", "2", "--lr_decay", "x")
     assert text.startswith("unknown flag --clip_grad (here: gradient_clipping in the DeepSpeed file), ")
     assert "--tensor_model_parallel_size (here: ZeRO-3 splits large models)" in text
-    known = {*TrainSettings.__dataclass_fields__, *fields._ALIASES}
+    known = {*TrainSettings.__dataclass_fields__, *fields.ALIASES}
     assert not known & fields._ELSEWHERE.keys()  # where one becomes a flag its hint has to go
 
 

@@ -65,11 +65,12 @@ def test_a_run_that_fails_for_its_own_reasons_ends_the_test_with_its_code(tmp_pa
     [
         (["resum"], "did you mean 'resume'"),
         (["resume", "--ds_config", "x", "--", "--max_steps=4"], "--max_steps after -- is what the test itself sets"),
+        (["resume", "--ds_config", "x", "--", "--train-iters", "4"], "--max_steps after -- is what the test itself"),
         (["resume", "--ds_config", "x", "--", "--mirror", "m"], "--mirror after -- would be one folder for both runs"),
         (["resume", "--ds_config", "x", "--steps", "2"], "give 3 or more"),
         (["resume", "--ds_config", "x", "--run_dir", os.path.dirname(__file__)], "is not empty"),
     ],
-    ids=["kind", "own flag", "mirror", "steps", "folder"],
+    ids=["kind", "own flag", "own by another name", "mirror", "steps", "folder"],
 )
 def test_mistakes_are_told_in_a_sentence(words, told, capsys):
     assert main(["selftest", *words]) == 2

@@ -178,10 +178,10 @@ _ELSEWHERE = {
     "valid_data_path": "--valid_data NAME=PREFIX",
     "vocab_file": "the corpus brings its tokenizer",
 }
-_ALIASES = {**shared.ALIASES, **_MEGATRON}
+ALIASES = {**shared.ALIASES, **_MEGATRON}
 _BARE = {**shared.BARE, "bf16": "bf16", "fp16": "fp16"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of ``train.py`` from its flags. Raises ConfigError in one line; ``--help`` prints and exits."""
-    return parse_flags(TrainSettings, argv, prog="train.py", aliases=_ALIASES, bare=_BARE, elsewhere=_ELSEWHERE)
+    return parse_flags(TrainSettings, argv, prog="train.py", aliases=ALIASES, bare=_BARE, elsewhere=_ELSEWHERE)

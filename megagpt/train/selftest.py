@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagpt.config.fields import ALIASES
 from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError, NumericError, nearest
 from megagpt.train import faults, manifest, metrics, restarts
@@ -54,6 +55,7 @@ def selftest_main(argv: Sequence[str]) -> int:
         raise ConfigError(f"selftest {kind[:80]!r} is unknown{nearest(kind[:80], ['resume'])}; there is: resume")
     settings = parse_flags(SelftestSettings, own, prog="megagpt selftest resume")
     names = {word[2:].partition("=")[0].replace("-", "_") for word in passed if word.startswith("--")}
+    names = {ALIASES.get(name, name) for name in names}
     if taken := sorted(names & _OWN):
         raise ConfigError(f"--{taken[0]} after -- is what the test itself sets; give --ds_config, --steps, --run_dir")
     if shared := sorted(names & _SHARED):
