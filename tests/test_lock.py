@@ -43,3 +43,11 @@ def test_every_dependency_is_locked_at_a_version_that_is_asked_for(python):
         names.add(name)
     assert {"deepspeed", "numpy", "transformers", "pytest"} <= names
     assert not ELSEWHERE & pins.keys()
+
+
+def test_what_builds_the_project_is_locked_too():
+    """pip would fetch it anew for the build, whatever its version and hash are."""
+    (wanted,) = re.findall(r'^requires = \["(.*)"\]$', (LOCK.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    (pin,) = locked()[Requirement(wanted).name]
+    assert Requirement(wanted).specifier.contains(next(iter(pin.specifier)).version)
+    assert "--no-build-isolation --editable" in (LOCK.parent / "Makefile").read_text()
