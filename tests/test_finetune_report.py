@@ -34,6 +34,8 @@ def test_a_line_has_the_median_and_the_range_over_seeds_beside_constant_and_pape
     for seed, value in enumerate((0.5, 0.9, 0.6)):
         metrics = {**dev(loss=0.7, accuracy=value), "test": {}}  # as a run with a test file without labels leaves it
         write_run(tmp_path / f"rte-{seed}", "rte", metrics, seed=seed, constant=dev(accuracy=0.5271))
+    (tmp_path / "study.md").write_text("notes")
+    assert report.read_run(tmp_path / "study.md") is None  # which Python 3.10 finds among the folders
     (line,) = report.lines_of(report.find_runs([tmp_path]))
     assert line.values == (50.0, 60.0, 90.0)
     assert (line.median, line.constant, line.published) == (60.0, 52.71, 56.0)

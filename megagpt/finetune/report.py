@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Run | None:
     path = folder / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # Python 3.10 finds files beside the folders of runs too
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; run the fine-tuning again") from None
