@@ -81,3 +81,11 @@ def test_free_memory_is_the_machines_or_that_of_the_control_group_and_what_is_ab
     assert free_memory(tmp_path) == 300
     (step / "memory.max").write_text("105\n")
     assert free_memory(tmp_path) == 100
+
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/slurm/job_7\n1:cpu,cpuacct:/slurm\n")  # of the first kind
+    job = tmp_path / "sys/fs/cgroup/memory/slurm/job_7"
+    job.mkdir(parents=True)
+    for folder, limit in ((job, 2**63 - 4096), (job.parent, 900)):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text("800\n")
+    assert free_memory(tmp_path) == 100

@@ -13,6 +13,11 @@ from torch import Tensor
 # As measured with AVX-512 on two threads: with fewer rows torch's own product is as fast, with more it is faster unless
 # it has to widen the weights each time.
 _LEAST_ROWS, _MOST_ROWS = 3, 64
+# Of both kinds by their name in /proc/self/cgroup: where they are, and the files with the limit and what is in use.
+_CONTROL_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 _SHARE_OF_MEMORY = 0.5  # of what is free, that weights may take a second time
 
 
@@ -48,14 +53,17 @@ def free_memory(root: Path = Path("/")) -> int:
     free = psutil.virtual_memory().available
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-        group = Path(next(line[3:] for line in lines if line.startswith("0::")))
-    except (OSError, StopIteration):  # no control groups of the second kind
+    except OSError:
         return free
-    for folder in (group, *group.parents):
-        files = (root / f"sys/fs/cgroup{folder}" / f"memory.{name}" for name in ("max", "current"))
-        try:
-            limit, used = (int(file.read_text()) for file in files)
-        except (OSError, ValueError):  # no limit of its own
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers not in _CONTROL_GROUPS:
             continue
-        free = min(free, limit - used)
+        mount, *names = _CONTROL_GROUPS[controllers]
+        for folder in (Path(group), *Path(group).parents):
+            try:
+                limit, used = (int((root / f"{mount}{folder}" / name).read_text()) for name in names)
+            except (OSError, ValueError):  # no limit of its own
+                continue
+            free = min(free, limit - used)
     return free
