@@ -101,6 +101,10 @@ def planned(words):
 BAD = {
     "data": ({"zeroshot_data": None}, "--zeroshot_interval needs --zeroshot_data"),
     "interval": ({"zeroshot_interval": 0}, "--zeroshot_data needs --zeroshot_interval"),
+    "limit": (
+        {"zeroshot_interval": 0, "zeroshot_data": None, "zeroshot_tasks": None, "zeroshot_limit": 9},
+        "--zeroshot_limit needs --zeroshot_interval",
+    ),
     "task": ({"zeroshot_tasks": "colla"}, "--zeroshot_tasks 'colla' is no zero-shot task .did you mean 'cola'"),
 }
 

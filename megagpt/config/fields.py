@@ -84,8 +84,9 @@ class TrainSettings(RunFlags, BatchFlags, OptimiserFlags, _PretrainFlags):
             yield f"--keep_weights_interval {self.keep_weights_interval} is no multiple of --save_interval"
         if self.zeroshot_interval and self.zeroshot_data is None:
             yield "--zeroshot_interval needs --zeroshot_data DIR, the folder with the tasks' files"
-        if self.zeroshot_data is not None and not self.zeroshot_interval:
-            yield "--zeroshot_data needs --zeroshot_interval N, the steps until the tasks are asked first"
+        for name in ("zeroshot_data", "zeroshot_tasks", "zeroshot_limit"):
+            if getattr(self, name) and not self.zeroshot_interval:
+                yield f"--{name} needs --zeroshot_interval N, the steps until the tasks are asked first"
 
     def _text_problems(self):
         yield from shared.text_problems(self)
