@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet '$(TRITON)'
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . # by the locked setuptools
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . # by the locked setuptools
 	touch $@
 
 # Everything but torch and Triton, whose build depends on the machine. What is locked stays unless UPGRADE=--upgrade.
