@@ -164,6 +164,22 @@ def test_a_missing_corpus_is_named_with_the_file_that_megatron_would_call_it(tmp
         IndexedDataset(tmp_path / "books")
 
 
+def test_a_misspelt_corpus_is_offered_the_nearest_one_of_its_folder(tmp_path):
+    write(tmp_path, DOCUMENTS, name="books")
+    with pytest.raises(DataError, match=r"boks\.bin does not exist \(did you mean '.*/books'\?\); `megagpt prepare`"):
+        IndexedDataset(tmp_path / "boks")
+    with pytest.raises(DataError, match=r"is a folder; give the prefix of a corpus in it, '.*/books' say"):
+        IndexedDataset(tmp_path)
+
+
+def test_text_that_was_not_prepared_is_told_from_a_missing_corpus(tmp_path):
+    text = tmp_path / "books.txt"
+    text.write_text("It was a dark night.")
+    for path in (text, tmp_path):
+        with pytest.raises(DataError, match=rf"{path} is no corpus .*`megagpt prepare --input {path} --output PREFIX`"):
+            IndexedDataset(path)
+
+
 def damaged(corpus: str, ending: str, change) -> None:
     path = Path(corpus + ending)
     path.write_bytes(change(path.read_bytes()))

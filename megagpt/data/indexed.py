@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.info import CorpusInfo
-from megagpt.errors import DataError
+from megagpt.errors import DataError, nearest
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -237,15 +237,26 @@ def _map(path: Path, prefix: str) -> tuple["mmap.mmap | bytes", int]:
             size = os.fstat(file.fileno()).st_size
             return (mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""), size
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist{_other_name(prefix)}; `megagpt prepare` writes it") from None
+        raise DataError(_missing(path, prefix)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _other_name(prefix: str) -> str:
-    """A hint for Megatron-LM's habit of adding ``_text_document`` to the prefix its users give."""
+def _missing(path: Path, prefix: str) -> str:
+    """Text that was not prepared yet is told from a misspelt prefix, and Megatron-LM's ending is known."""
+    if inside := sorted(Path(prefix).glob("*.idx")):
+        return f"{prefix} is a folder; give the prefix of a corpus in it, {str(inside[0].with_suffix(''))!r} say"
+    if os.path.exists(prefix):
+        return (
+            f"{prefix} is no corpus (there is no {path}); make one of it with `megagpt prepare --input {prefix} "
+            "--output PREFIX` and give its prefix"
+        )
     longer = f"{prefix}_text_document"
-    return f" (did you mean {longer!r}?)" if os.path.exists(longer + ".idx") else ""
+    if os.path.exists(longer + ".idx"):
+        hint = f" (did you mean {longer!r}?)"
+    else:
+        hint = nearest(prefix, [str(index.with_suffix("")) for index in Path(prefix).parent.glob("*.idx")])
+    return f"{path} does not exist{hint}; `megagpt prepare` writes it"
 
 
 def _read_header(path: Path, data, size: int) -> tuple[int, int, int]:
