@@ -109,6 +109,9 @@ def test_a_seed_fixes_the_text_and_samples_differ(run, capsys):
 
 def test_at_temperature_zero_every_sample_is_the_likeliest(run, capsys):
     arguments = ("--from", run, "--prompt", "It", "--max_tokens", "8", "--temperature", "0")
+    assert generated(capsys, *[{"--max_tokens": "--max_new_tokens"}.get(a, a) for a in arguments]) == generated(
+        capsys, *arguments
+    )
     once = generated(capsys, *arguments)
     assert generated(capsys, *arguments, "--num_samples", "2", "--seed", "9") == once + once
 

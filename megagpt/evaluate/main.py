@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megagpt.model.generate import Generation, Text
     from megagpt.model.sampling import Sampling
 
-ALIASES = {"run": "from"}
+ALIASES = {"run": "from", "max_new_tokens": "max_tokens"}  # the latter as in transformers
 _PLAIN = Preset(lambda text, context, examples: text, max_tokens=200, temperature=0.8)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from megagpt.config.flags import parse_flags
-from megagpt.errors import ConfigError, DataError
+from megagpt.errors import CheckpointError, ConfigError, DataError
 
 ALIASES = {"run": "from"}
 
@@ -54,6 +54,8 @@ def predict_file(settings: PredictSettings) -> int:
 
     path = Path(settings.from_)
     file = path if path.suffix == ".safetensors" else path / weights.MODEL
+    if not file.exists():
+        raise CheckpointError(f"{file} does not exist; give the folder of a finished run of finetune.py")
     tokenizer = from_file(find_tokenizer(str(file), settings.tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, sha256 = weights.load(file, device)

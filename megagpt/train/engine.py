@@ -123,7 +123,7 @@ def sharded_construction(config: ResolvedConfig):
 def adam_class(device: torch.device, offloaded: bool) -> type | str:
     """DeepSpeed's compiled Adam for where the optimiser states live, or the reason why it is not used."""
     if device.type == "cpu":
-        return "torch's own is used on CPUs: it needs no compiler"
+        return "on CPUs torch's own is used, which needs no compiler"
     import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
