@@ -16,8 +16,11 @@ from data_common import COMMAND, NEEDS_PROC, PARAGRAPHS, content, prepare
 from megagpt.data import job, writer
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.main import data_main
-from megagpt.data.storage import storage_errors, write_atomically
+from megagpt.data.storage import check_writable, storage_errors, write_atomically
 from megagpt.errors import StorageError
+from megagpt.evaluate.main import generate_main
+from megagpt.evaluate.measure import evaluate_main
+from megagpt.zeroshot.main import zeroshot_main
 
 
 def test_a_killed_job_goes_on_where_it_stopped(tmp_path, many, tokenizer, capsys):
@@ -163,6 +166,33 @@ def test_a_disk_that_fills_up_leaves_no_corpus_and_can_be_gone_on_from(tmp_path,
     assert "Traceback" not in out.stderr
     assert not list(tmp_path.glob("out*"))  # nothing was recorded yet: the space is given back
     assert prepare(*args) == 0
+
+
+def test_what_cannot_be_written_is_told_before_it_is_computed(tmp_path):
+    (tmp_path / "file").write_bytes(b"kept")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new")
+    for path, reason in {
+        "missing/a.json": "its folder does not exist",
+        "file/a.json": "a part of the path is a file",
+        ".": "it is a folder",
+    }.items():
+        with pytest.raises(StorageError, match=f"cannot write .*: {reason}"):
+            check_writable(tmp_path / path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"kept")]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (generate_main, ["--from", "nowhere", "--prompts", "p.jsonl", "--output"]),
+        (evaluate_main, ["--from", "nowhere", "--data", "x", "--json"]),
+        (zeroshot_main, ["--from", "nowhere", "--task_data", "t", "--json"]),
+    ],
+)
+def test_commands_look_at_their_output_first(tmp_path, command, flags):
+    with pytest.raises(StorageError, match="its folder does not exist"):
+        command([*flags, str(tmp_path / "missing" / "out.json")])
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):

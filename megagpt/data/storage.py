@@ -16,6 +16,8 @@ _REASONS = {
     errno.EPERM: "no permission to write there; choose another output or change the folder's mode",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another output",
     errno.EEXIST: "a part of the path is a file, not a folder; choose another output",
+    errno.ENOENT: "its folder does not exist; make it, or choose another output",
+    errno.EISDIR: "it is a folder; give the name of a file",
     errno.EIO: "the disk reported an input/output error",
 }
 
@@ -43,6 +45,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise StorageError where ``path`` could not be written; to be asked before what will stand there is computed."""
+    with storage_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.touch()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def sync(file) -> None:

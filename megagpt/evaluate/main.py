@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megagpt.config.flags import parse_flags
-from megagpt.data.storage import write_atomically
+from megagpt.data.storage import check_writable, write_atomically
 from megagpt.errors import ConfigError, DataError
 from megagpt.evaluate.prompts import PRESETS, Preset, first_sentences, read_pairs, read_prompts, read_text
 from megagpt.evaluate.source import Source, open_source
@@ -91,6 +91,8 @@ class GenerateSettings:
 def generate_main(argv: list[str] | None = None) -> int:
     """Run ``megagpt generate``. Raises a MegaGPTError for whatever the user can mend."""
     settings = parse_flags(GenerateSettings, argv, prog="megagpt generate", aliases=ALIASES)
+    if settings.output is not None:
+        check_writable(Path(settings.output))
     rows = read_prompts(settings.prompts) if settings.prompts is not None else None
     writer = _Writer(settings)
     if rows is not None:

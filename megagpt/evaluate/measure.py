@@ -14,7 +14,7 @@ from typing import Literal
 from megagpt import dist
 from megagpt.config.flags import parse_flags
 from megagpt.data.indexed import IndexedDataset, plain_prefix
-from megagpt.data.storage import write_atomically
+from megagpt.data.storage import check_writable, write_atomically
 from megagpt.data.windows import EvalWindows
 from megagpt.errors import ConfigError, DataError
 from megagpt.evaluate.source import Source, open_source
@@ -68,6 +68,8 @@ class EvaluateSettings:
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """Run ``megagpt evaluate``, on every rank where a launcher started several."""
     settings = parse_flags(EvaluateSettings, argv, prog="megagpt evaluate", aliases=ALIASES)
+    if settings.json:
+        check_writable(Path(settings.json))
     source = open_source(settings.from_, tokenizer=settings.tokenizer)
     source.tokenizer  # noqa: B018 another one is told before anything is computed
     if settings.stride is not None and settings.stride > source.config.seq_len:

@@ -1,4 +1,4 @@
-"""The weights alone of checkpoints that will be deleted: a quarter of the size, to look back at a run with."""
+"""The weights alone of checkpoints that will be deleted, a quarter or a third of them, to look back at a run with."""
 
 import json
 import shutil

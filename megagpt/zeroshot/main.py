@@ -8,7 +8,7 @@ from typing import Literal
 
 from megagpt import dist
 from megagpt.config.flags import parse_flags
-from megagpt.data.storage import write_atomically
+from megagpt.data.storage import check_writable, write_atomically
 from megagpt.errors import CheckpointError, ConfigError
 from megagpt.evaluate.measure import ranks, table
 from megagpt.evaluate.source import Source, open_source
@@ -16,7 +16,7 @@ from megagpt.train import manifest
 from megagpt.zeroshot.results import HEADER, measure, parse_references, table_row
 from megagpt.zeroshot.scoring import LogProbs, option_scores, token_log_probs
 from megagpt.zeroshot.tasks import Asked, Sequences, encode, load_tasks, parse_names
-from megagpt.zeroshot.trajectory import write_trajectory
+from megagpt.zeroshot.trajectory import check_folder, write_trajectory
 
 ALIASES = {"run": "from"}
 ENSEMBLE = "ensemble"
@@ -52,6 +52,11 @@ class ZeroshotSettings:
         parse_names(self.tasks)
         parse_references(self.references)
 
+    @property
+    def folder(self) -> Path:
+        """Where --trajectory writes."""
+        return Path(self.output or self.trajectory)
+
 
 class _Read:
     """Tasks as models read them: those with the same tokenizer and context read the same."""
@@ -71,12 +76,16 @@ class _Read:
 def zeroshot_main(argv: Sequence[str] | None = None) -> int:
     """Run ``megagpt zeroshot``, on every rank where a launcher started several."""
     settings = parse_flags(ZeroshotSettings, argv, prog="megagpt zeroshot", aliases=ALIASES)
+    if settings.json:
+        check_writable(Path(settings.json))
     named, notes = (settings.from_, []) if settings.trajectory is None else kept_checkpoints(Path(settings.trajectory))
     sources = [open_source(name, tokenizer=settings.tokenizer) for name in named]
     asked = load_tasks(parse_names(settings.tasks), settings.task_data, scoring=settings.scoring, limit=settings.limit)
     read = _Read(asked)
     for source in sources:  # what cannot be asked is told before anything is computed
         read.by(source)
+    if settings.trajectory is not None:
+        check_folder(settings.folder)
     with ranks() as (world, device):
         for note in notes:
             _say(note)
@@ -139,8 +148,7 @@ def _checkpoints(settings: ZeroshotSettings, sources: list[Source], read: _Read,
         scores = ", ".join(f"{name} {figures['score']:.2f}" for name, figures in tasks.items())
         _say(f"step {steps[-1]['step']:,}: {scores}")
     if dist.is_main():
-        folder = Path(settings.output or settings.trajectory)
-        for line in write_trajectory(steps, folder, "trajectory"):
+        for line in write_trajectory(steps, settings.folder, "trajectory"):
             _say(line)
     return {"run": settings.trajectory, "trajectory": steps}
 

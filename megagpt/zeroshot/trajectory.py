@@ -10,10 +10,16 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.data.storage import write_atomically
-from megagpt.errors import StorageError
+from megagpt.data.storage import check_writable, storage_errors, write_atomically
 
 COLUMNS = ("step", "task", "metric", "score", "random", "reference", "normalised", "n")
+
+
+def check_folder(folder: Path) -> None:
+    """Make ``folder`` where it is not there. Raises StorageError where it cannot be made or written into."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "trajectory.csv")
 
 
 def write_trajectory(steps: Sequence[dict], folder: Path, name: str) -> list[str]:
@@ -21,10 +27,6 @@ def write_trajectory(steps: Sequence[dict], folder: Path, name: str) -> list[str
 
     ``steps`` are {"step": number of updates, "tasks": {task: what ``results.measure`` gives}}. Raises StorageError.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made ({error.strerror}); give another folder") from None
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
