@@ -1,6 +1,7 @@
 """A server of a tiny random model in this process, on a port of 127.0.0.1 of its own."""
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -26,6 +27,7 @@ from megagpt.serve.worker import Worker
 CONTEXT = 64
 _PRINTABLE = 94  # tokens, the first ones: from ! to ~
 GREEDY = Sampling(temperature=0)
+KEY = "a-key-of-the-tests-0123456789"
 
 
 def write_run(folder):
@@ -54,6 +56,12 @@ class Running:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def load(self):
+        """How many texts are being generated, and how many wait."""
+        with self.worker._changed:
+            return len(self.worker._running), len(self.worker._waiting)
+
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
@@ -73,8 +81,8 @@ class Running:
     def wait_until_idle(self, seconds=20):
         """Nothing is generated and nothing waits, before so many seconds have passed."""
         end = time.monotonic() + seconds
-        while self.worker.load != (0, 0):
-            assert time.monotonic() < end, f"still {self.worker.load} texts"
+        while self.load != (0, 0):
+            assert time.monotonic() < end, f"still {self.load} texts"
             time.sleep(0.01)
 
 
@@ -111,3 +119,16 @@ def post(**body):
     """A whole request to ``/v1/completions``."""
     content = json.dumps(body).encode()
     return post_head(len(content)) + content
+
+
+def ask(server, body, *, method="POST", path="/v1/completions", **headers):
+    """Status, JSON and headers of the answer to one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        connection.request(method, path, content, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), answer.headers
+    finally:
+        connection.close()

@@ -71,12 +71,6 @@ class Worker:
         """Whether jobs are taken on."""
         return self._thread.is_alive() and not self._closed
 
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many texts are being generated, and how many wait."""
-        with self._changed:
-            return len(self._running), len(self._waiting)
-
     def submit(self, jobs: list[Job]) -> None:
         """Take on all of ``jobs``, or raise :class:`Full` or :class:`Closed` and take on none."""
         with self._changed:
