@@ -161,9 +161,10 @@ def test_a_mistake_is_one_sentence_on_two_ranks(case, tmp_path):
 def test_a_disk_too_small_for_one_checkpoint_is_told_before_the_first_step(tmp_path):
     """It was told by the first save, which for a run that saves at its end alone is after all the work."""
     shape = {"n_layer": 96, "d_model": 12288, "n_head": 96, "seq_len": 2048}
-    codes, output = train(arguments(tmp_path, **shape), 2)
+    codes, output = train(arguments(tmp_path, **shape, save_interval=1, keep_weights_interval=1), 2)
     assert codes == [7, 7], output
     assert "GB free and a checkpoint takes about 2" in output
+    assert "GB, and the weights kept of it 6" in output
     assert output.count("error:") == 1, output
     assert "Traceback" not in output
 

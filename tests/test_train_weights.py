@@ -1,6 +1,8 @@
 """Weights read out of checkpoints, and runs that start from them."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import fork_server
 import pytest
@@ -12,8 +14,8 @@ from disk_recorder import Recorder, read
 from distributed import run_ranks
 from safetensors.torch import save_file
 
-from megagpt.errors import CheckpointError
-from megagpt.train import faults, kept_weights, safe
+from megagpt.errors import CheckpointError, StorageError
+from megagpt.train import checkpoint, faults, kept_weights, safe
 from megagpt.train.manifest import read_source
 from megagpt.train.weights import read_weights
 
@@ -115,6 +117,21 @@ def test_weights_that_cannot_be_kept_are_told_and_cost_nothing(tmp_path):
     assert code == 0, output
     assert "WARNING: the weights of global_step2 cannot be kept, going on: " in output
     assert folder(run, 2).exists()
+
+
+def test_a_start_counts_the_weights_that_it_will_keep(tmp_path, monkeypatch):
+    """A disk with room for a checkpoint alone was taken for large enough."""
+    (tmp_path / "weights" / "global_step4").mkdir(parents=True)
+    assert kept_weights.bytes_to_come(tmp_path, 1_000_000, 13, 2) == 5 * 4_000_000
+    assert kept_weights.bytes_to_come(tmp_path, 1_000_000, 13, 0) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=17_000_000))
+    checkpoint.check_space(tmp_path, 14_000_000)
+    with pytest.raises(StorageError, match=r"takes about 14.0 MB, and the weights kept of it 4.0 MB; free some"):
+        checkpoint.check_space(tmp_path, 14_000_000, 4_000_000)
+    (warning,) = kept_weights.space_warnings(tmp_path, 10_000_000, 8_000_000)
+    assert "has 17.0 MB free" in warning
+    assert "take about 8.0 MB beside a checkpoint of 10.0 MB" in warning
+    assert kept_weights.space_warnings(tmp_path, 10_000_000, 7_000_000) == []
 
 
 def test_weights_of_a_16_bit_run_are_read_as_they_are_updated_and_not_as_they_are_rounded(tmp_path):

@@ -51,12 +51,13 @@ def free_bytes_needed(n_params: int, config: ResolvedConfig) -> int:
     return n_params * (weights + master + 8)
 
 
-def check_space(root: Path, needed: int) -> None:
-    """Raise StorageError where ``root`` cannot take ``needed`` more bytes."""
+def check_space(root: Path, needed: int, kept: int = 0) -> None:
+    """Raise StorageError where ``root`` cannot take ``needed`` bytes of a checkpoint and ``kept`` of its weights."""
     free = shutil.disk_usage(root).free
-    if free < needed:
+    if free < needed + kept:
+        beside = f", and the weights kept of it {size(kept)}" if kept else ""
         raise StorageError(
-            f"{root} has {_size(free)} free and a checkpoint takes about {_size(needed)}; "
+            f"{root} has {size(free)} free and a checkpoint takes about {size(needed)}{beside}; "
             "free some space, lower --keep_last, or choose another --run_dir"
         )
 
@@ -67,12 +68,13 @@ def _check_space_to_cut(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{folder.parent} has {_size(free)} free, and cutting {folder.name} anew for another number of ranks takes "
-            f"about {_size(needed)} for a while; free some space, or resume on as many ranks as saved it"
+            f"{folder.parent} has {size(free)} free, and cutting {folder.name} anew for another number of ranks takes "
+            f"about {size(needed)} for a while; free some space, or resume on as many ranks as saved it"
         )
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
+    """``n`` bytes for people."""
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 

@@ -7,10 +7,39 @@ from pathlib import Path
 
 from megagpt.errors import MegaGPTError
 from megagpt.model.tensors import write_safetensors
-from megagpt.train import manifest
+from megagpt.train import checkpoint, manifest
 from megagpt.train.intervals import due
 from megagpt.train.report import TOKENIZER
 from megagpt.train.weights import open_weights
+
+
+def bytes_of(n_params: int) -> int:
+    """Of one checkpoint's weights."""
+    return 4 * n_params
+
+
+def bytes_to_come(run_dir: Path, n_params: int, total_steps: int, interval: int) -> int:
+    """About what the weights take that a run of ``total_steps`` has still to keep."""
+    if not interval:
+        return 0
+    there = [step for step in map(manifest.step_of, manifest.folders(run_dir / manifest.KEPT_WEIGHTS)) if step]
+    n = total_steps // interval - sum(due(step, interval) and step <= total_steps for step in there)
+    return n * bytes_of(n_params)
+
+
+def space_warnings(run_dir: Path, needed: int, to_come: int) -> list[str]:
+    """A line where the disk has room for a checkpoint of ``needed`` bytes, and not for ``to_come`` of weights too.
+
+    They are never deleted, so the disk would be full before the run's end.
+    """
+    free = shutil.disk_usage(run_dir).free
+    if not to_come or free >= needed + to_come:
+        return []
+    return [
+        f"WARNING: {run_dir} has {checkpoint.size(free)} free, and the weights that --keep_weights_interval has still "
+        f"to keep take about {checkpoint.size(to_come)} beside a checkpoint of {checkpoint.size(needed)}; free some "
+        "space in time, or raise --keep_weights_interval"
+    ]
 
 
 def keep_missing(root: Path, interval: int, passed_over: Iterable[int]) -> list[str]:
@@ -27,22 +56,22 @@ def keep_missing(root: Path, interval: int, passed_over: Iterable[int]) -> list[
     return [keep(root / manifest.tag_name(step)) for step in sorted(steps)]
 
 
-def keep(checkpoint: Path, *, is_new: bool = False) -> str:
-    """Write the float32 weights of ``checkpoint``, a tensor at a time, to RUN_DIR/weights/global_step<N>.
+def keep(saved: Path, *, is_new: bool = False) -> str:
+    """Write the float32 weights of the checkpoint ``saved``, a tensor at a time, to RUN_DIR/weights/global_step<N>.
 
     The line to show: training goes on where that fails. One that ``is_new`` is not verified: the others wait. Rank 0
     alone calls this.
     """
-    run_dir = checkpoint.parent.parent
-    final = run_dir / manifest.KEPT_WEIGHTS / checkpoint.name
+    run_dir = saved.parent.parent
+    final = run_dir / manifest.KEPT_WEIGHTS / saved.name
     tmp = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
         manifest.make_folder(final.parent)
         tmp.mkdir()
-        tensors, model = open_weights(checkpoint, **({"problem": lambda folder: None} if is_new else {}))
+        tensors, model = open_weights(saved, **({"problem": lambda folder: None} if is_new else {}))
         about = {"config": json.dumps(model)}
-        if sha256 := manifest.read_source(checkpoint).tokenizer_sha256:
+        if sha256 := manifest.read_source(saved).tokenizer_sha256:
             about["tokenizer_sha256"] = sha256
         write_safetensors(tmp / manifest.WEIGHTS, tensors, tensors.shapes, about)
         if (run_dir / TOKENIZER).exists():
@@ -54,5 +83,5 @@ def keep(checkpoint: Path, *, is_new: bool = False) -> str:
         manifest.fsync(final.parent)
     except (OSError, MegaGPTError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        return f"WARNING: the weights of {checkpoint.name} cannot be kept, going on: {error}"
-    return f"kept the weights of step {manifest.step_of(checkpoint)} in {final}"
+        return f"WARNING: the weights of {saved.name} cannot be kept, going on: {error}"
+    return f"kept the weights of step {manifest.step_of(saved)} in {final}"

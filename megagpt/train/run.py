@@ -19,6 +19,7 @@ from megagpt.train import (
     checkpoint,
     folder,
     hardware,
+    kept_weights,
     kernels,
     manifest,
     mirror,
@@ -58,8 +59,9 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
         lambda: meet(world, plan.settings.run_dir, plan.settings.rendezvous_timeout, asked=stop.asked),
     )
     with folder.locked(plan.run_dir, plan.settings.mirror):
-        needed = checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
-        dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed) if dist.is_main() else None)
+        needed = _checkpoint_bytes(plan)
+        kept = min(_weights_to_come(plan), kept_weights.bytes_of(plan.model.n_params()))
+        dist.everywhere(lambda: checkpoint.check_space(plan.run_dir, needed, kept) if dist.is_main() else None)
         if plan.settings.preflight != "no":
             preflight.check(world, plan.run_dir, device, slow_too=plan.settings.preflight == "stop")
         stop.watch(plan.run_dir, plan.settings)
@@ -70,6 +72,16 @@ def train(plan: Plan, world: dist.World, stop: StopRequests | None = None) -> No
             raise
     # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
     deepspeed_engine.stop_distributed()
+
+
+def _checkpoint_bytes(plan: Plan) -> int:
+    return checkpoint.free_bytes_needed(plan.model.n_params(), plan.config)
+
+
+def _weights_to_come(plan: Plan) -> int:
+    """Bytes of the weights that the run has still to keep."""
+    interval = plan.settings.keep_weights_interval
+    return kept_weights.bytes_to_come(plan.run_dir, plan.model.n_params(), plan.total_steps, interval)
 
 
 def _check_machine(plan: Plan, device: torch.device) -> None:
@@ -128,6 +140,7 @@ def opened(plan: Plan, world: dist.World, device: torch.device, stop: StopReques
     with dist.everywhere(lambda: _open_log(plan, description, engine, state.step, world)) as log:
         for line in [
             *notes,
+            *kept_weights.space_warnings(plan.run_dir, _checkpoint_bytes(plan), _weights_to_come(plan)),
             f"model {plan.model_name}: {plan.model.n_params():,} parameters",
             f"kernels {ops.name}: {ops.reason}",
             *([str(choice)] if choice.milliseconds else []),
@@ -200,7 +213,7 @@ def _loop(engine, plan: Plan, batch: BatchPlan, state, device: torch.device, log
         ),
         state=state,
         root=plan.root,
-        checkpoint_bytes=checkpoint.free_bytes_needed(plan.model.n_params(), plan.config),
+        checkpoint_bytes=_checkpoint_bytes(plan),
         evaluate=_evaluator(engine, plan, batch, device),
         log=log,
         tokens_of=lambda _: batch.global_batch * plan.model.seq_len,
