@@ -121,7 +121,7 @@ def explanation(plan) -> Iterator[str]:
         "activations": "(8 d + 2 f) e + 4 heads (12 with dropout) + 16 bytes a token and block",
         "micro-batch": f"divides {job.global_batch} sequences / {job.world_size} ranks",
         "products": f"6 (L (4 d^2 + 2 d f) + V d) FLOPs a token at {gpu.product_share:.2f} of the peak",
-        "attention": "7 L T d FLOPs a token at FlashAttention-2's published rate",
+        "attention": "7 L T d FLOPs a token at the share of the peak that FlashAttention-2 reaches on an H100",
         "element-wise, update": f"82 d L + 6 V bytes a token, 54 a parameter, at {MEMORY_SHARE} of the memory's speed",
         "network": f"{1e6 * latency:.0f} us a call + bytes / {bandwidth:.0f} GB/s ({LINK_SHARE} of the slower link)",
         "hidden": "the micro-steps' collectives, as far as computation lasts" if layout.overlap else "no collective",

@@ -1,10 +1,10 @@
 """How long a step takes: matrix products, attention, element-wise passes, the update, and what collectives add.
 
-Products run at the share of the peak that is fitted to published runs (docs/plan.md), attention at FlashAttention-2's
-published rate, element-wise kernels and the update at a share of the memory's speed. Collectives take a latency and
-their bytes over the ring's bandwidth; those that DeepSpeed issues beside computation hide behind it, the longer of the
-two counts. Not modelled: slower links between some nodes, stragglers, and what the launch of kernels costs a small
-model.
+Products run at the share of the peak that is fitted to published runs (docs/plan.md), attention at the share that
+FlashAttention-2 reaches on an H100, element-wise kernels and the update at a share of the memory's speed. Collectives
+take a latency and their bytes over the ring's bandwidth; those that DeepSpeed issues beside computation hide behind it,
+the longer of the two counts. Not modelled: slower links between some nodes, stragglers, and what the launch of kernels
+costs a small model.
 """
 
 import math
@@ -24,11 +24,11 @@ from megagpt.tools.plan_model import parameters
 from megagpt.tools.plan_traffic import Collective
 
 # FlashAttention-2 on an H100, causal, forward and backward, TFLOP/s at 512 to 16k positions (Dao-AILab/flash-attention
-# assets/flash2_h100_fwd_bwd_benchmark.png); heads of 64 and of 128.
+# assets/flash2_h100_fwd_bwd_benchmark.png); heads of 64 and of 128. Other GPUs are given its shares of their own peaks:
+# on an A100 the kernel alone reaches more, "50-73%" (arXiv 2307.08691, abstract), but with that no share of matrix
+# products reproduces the A100's published runs as well as with the H100's shares.
 _ATTENTION = {64: (141, 192, 232, 257, 273, 284), 128: (163, 221, 265, 294, 308, 328)}
 _ATTENTION_PEAK = 989.4
-# On an A100 it reaches "50-73% of the theoretical maximum" (arXiv 2307.08691, abstract); the lower end is taken.
-_ATTENTION_AMPERE = 0.5
 # Bytes of memory traffic a number of the width, forward and backward, in a block: two norms with their sums 8 + 8 and
 # 10 + 10 (8 + 8 without dropout), GELU with its bias 4 x 4 and 4 x 6, the biases of the other three products 10.
 _ELEMENTWISE = 82
@@ -93,15 +93,13 @@ def token_time(config: GPTConfig, gpu: Gpu, precision: str) -> dict[str, float]:
     scale = 1 if precision != "fp32" else 2
     return {
         "products": products / (peak * gpu.product_share),
-        "attention": attention / (peak * attention_share(gpu, T, config.head_width)),
+        "attention": attention / (peak * attention_share(T, config.head_width)),
         "elementwise": scale * moved / (gpu.bandwidth * MEMORY_SHARE),
     }
 
 
-def attention_share(gpu: Gpu, seq_len: int, head_width: int) -> float:
+def attention_share(seq_len: int, head_width: int) -> float:
     """Of the peak that attention reaches."""
-    if gpu.product_share > 0.7:  # Ampere and older
-        return _ATTENTION_AMPERE
     row = _ATTENTION[64 if head_width <= 64 else 128]
     at = min(max(math.log2(seq_len / 512), 0.0), len(row) - 1.0)
     low = min(int(at), len(row) - 2)
