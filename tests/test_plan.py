@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -151,6 +152,16 @@ def test_what_is_written_is_what_train_py_and_sbatch_take(tmp_path, capsys):
     assert (settings.model, settings.seq_len, config.precision) == ("6.7b", 2048, "bf16")
 
 
+def test_a_run_of_minutes_is_told_in_hours_and_saved_at_its_end(tmp_path, capsys):
+    """It took 0.00 days, and was to be saved every 12,000 of its 1,907 steps."""
+    short = ["--model", "gpt2-small", "--gpu", "h100-80gb", "--tokens", "1e9", "--output", str(tmp_path)]
+    assert plan_main(short) == 0
+    screen = capsys.readouterr().out
+    assert re.search(r"^  run +0\.0[1-9] hours: 1,907 steps", screen, re.MULTILINE)
+    assert "GB, every 1907 steps; disk" in screen
+    assert "--max_steps 1907 --save_interval 1907 " in screen
+
+
 @pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
 def test_every_recommended_file_is_one_that_training_accepts(tmp_path, offload):
     for gpu in ("h100-80gb", "v100-32gb"):
@@ -237,6 +248,10 @@ def test_an_unknown_gpu_is_planned_by_its_figures(capsys):
         (
             ["--model", "175b", "--nodes", "1", "--offload", "none"],
             "fits under no option: the least is .*would fit: --nodes \\d+; or a ",
+        ),
+        (
+            ["--model", "gpt1", "--host_memory_gb", "-5"],
+            "--host_memory_gb -5 must be above 0",
         ),
         (
             ["--model", "175b", "--offload", "all", "--nodes", "1", "--host_memory_gb", "2000"],

@@ -19,6 +19,7 @@ from megagpt.tools.plan_search import CHECKPOINTING, OFFLOADS, Job, Option, opti
 from megagpt.tools.plan_states import ELEMENT
 
 _SHAPE = ("n_layer", "d_model", "n_head", "d_ff", "seq_len", "vocab_size")
+_FIGURES = ("gpu_memory_gb", "gpu_tflops", "gpu_bandwidth_gbs", "link_gbs", "network_gbit", "host_gbs")
 _SIGNAL = 300.0  # seconds before the limit that slurm/pretrain.sbatch has the ranks save and stop
 _WORK_BETWEEN_SAVES = 1800.0  # seconds that a lost node may cost
 
@@ -72,7 +73,15 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and not 1 <= value < math.inf:
                 raise ConfigError(f"--{name} {value:g} must be at least 1")
-        for name in ("gpu_memory_gb", "gpu_tflops", "gpu_bandwidth_gbs", "link_gbs", "network_gbit", "host_gbs"):
+        for name in (
+            "gpu_memory_gb",
+            "gpu_tflops",
+            "gpu_bandwidth_gbs",
+            "link_gbs",
+            "network_gbit",
+            "host_gbs",
+            "host_memory_gb",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name} {value:g} must be above 0")
@@ -103,10 +112,10 @@ class Plan:
 
     @property
     def save_interval(self) -> int:
-        """Steps between checkpoints, a round number of about half an hour's."""
+        """Steps between checkpoints, a round number of about half an hour's; all steps of a shorter run."""
         steps = max(1.0, _WORK_BETWEEN_SAVES / self.best.time.total)
         unit = 10 ** max(0, int(math.log10(steps)) - 1)
-        return max(1, round(steps / unit) * unit)
+        return min(self.steps, max(1, round(steps / unit) * unit))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -184,8 +193,7 @@ def _job(settings: PlanSettings, correction: float) -> Job:
     shape.update(given)
     if settings.dropout is not None:
         shape.update(dict.fromkeys(("embd_dropout", "attn_dropout", "resid_dropout"), settings.dropout))
-    figures = ("gpu_memory_gb", "gpu_tflops", "gpu_bandwidth_gbs", "link_gbs", "network_gbit", "host_gbs")
-    gpu = find_gpu(settings.gpu, **{name: getattr(settings, name) for name in figures})
+    gpu = find_gpu(settings.gpu, **{name: getattr(settings, name) for name in _FIGURES})
     if settings.nodes > 1 and gpu.network is None:
         raise ConfigError(
             f"--nodes {settings.nodes} with --gpu {settings.gpu}: how fast a node's network is differs from cluster to "

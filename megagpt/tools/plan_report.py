@@ -81,7 +81,7 @@ def _traffic_lines(plan) -> Iterator[str]:
     sent = sum(collective.sent(N) for collective in plan.best.traffic)
     for c in plan.best.traffic:
         kind = c.kind.replace("_", "-")
-        yield f"  {kind:<26}{c.nbytes / 1e9:8.2f} GB a step in {c.calls} calls, {_PHASES[c.phase]}"
+        yield f"  {kind:<26}{c.nbytes / 1e9:8.2f} GB a step in {c.calls} call{'s' * (c.calls != 1)}, {_PHASES[c.phase]}"
     yield f"  {'sent by each GPU':<26}{sent / 1e9:8.2f} GB a step over its link within the node"
     if job.nodes > 1:
         yield (
@@ -100,7 +100,8 @@ def _time_lines(plan) -> Iterator[str]:
     )
     rate = tokens / time.total
     yield f"  {'speed':<26}{rate:8,.0f} tokens/s, {rate / job.world_size:,.0f} a GPU, MFU {100 * plan.best.mfu:.0f}%"
-    yield f"  {'run':<26}{plan.seconds / 86400:8.2f} days: {plan.steps:,} steps, {plan.steps * tokens:,} tokens"
+    length, unit = (plan.seconds / 86400, "days") if plan.seconds >= 86400 else (plan.seconds / 3600, "hours")
+    yield f"  {'run':<26}{length:8.2f} {unit}: {plan.steps:,} steps, {plan.steps * tokens:,} tokens"
     yield f"  {'jobs':<26}{plan.requeues + 1:8} of {plan.settings.time}, {plan.requeues} requeued"
     size = plan.checkpoint_bytes / 1e9
     every = "step" if plan.save_interval == 1 else f"{plan.save_interval} steps"
