@@ -1,5 +1,6 @@
 """The flags of train.py: names, aliases, checks, and one line for each mistake."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from megagpt.config import fields
 from megagpt.config.fields import TrainSettings, parse
+from megagpt.config.flags import parse_flags
 from megagpt.errors import ConfigError
+from megagpt.evaluate.main import GenerateSettings
+from megagpt.tools.plan import PlanSettings
 
 NEEDED = ["--ds_config", "x.json", "--data", "corpus", "--run_dir", "runs/x"]
 
@@ -22,6 +26,22 @@ def message(*flags):
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def test_the_choices_of_a_flag_that_may_be_left_out_are_those_it_takes():
+    """Python's None stood among them, in an order that changed from call to call."""
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(PlanSettings, ["--model", "gpt1", "--gpu", "x", "--precision", "fp64"], prog="megagpt plan")
+    assert "choose one of bf16, fp16, fp32; megagpt plan --help" in str(caught.value)
+
+
+def test_help_shows_no_flag_that_is_refused(capsys):
+    """It offered --no_no_cache."""
+    with pytest.raises(SystemExit):
+        parse_flags(GenerateSettings, ["--help"], prog="megagpt generate")
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r"--(\w+)", shown)) - {"help"}
+    assert flags == {field.name.rstrip("_") for field in dataclasses.fields(GenerateSettings)}
 
 
 def test_underscores_and_dashes_name_the_same_flag():

@@ -60,7 +60,8 @@ def parse_flags(
                 use_underscores=True,
                 return_unknown_args=True,
                 console_outputs=not silent,
-                config=(tyro.conf.DisallowNone,),
+                # Every switch is off by default: its opposite would say nothing.
+                config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
@@ -162,5 +163,7 @@ def _sentence(box: str) -> str:
 
 def _unknown_choice(match: re.Match) -> str:
     found, flag, choices = match.groups()
-    known = [choice.strip("'") for choice in choices.split(", ") if choice != "None"]
+    known = [choice.strip("' ") for choice in choices.split(",")]
+    if "None" in known:  # of a flag that may be left out, for which tyro keeps no order
+        known = sorted(set(known) - {"None"})
     return f"{flag} {found!r} is unknown{nearest(found, known)}; choose one of {', '.join(known)}"
