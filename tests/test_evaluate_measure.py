@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from distributed import run_ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_evaluate_generate import byte_tokenizer
 
+from megagpt import dist
 from megagpt.data.main import prepare_main
-from megagpt.errors import ConfigError, DataError
-from megagpt.evaluate.measure import EvaluateSettings, evaluate_main
+from megagpt.errors import ConfigError, DataError, NumericError
+from megagpt.evaluate.measure import EvaluateSettings, evaluate_main, ranks
 from megagpt.evaluate.scores import score
 from megagpt.evaluate.source import open_source
 from megagpt.model.config import GPTConfig
@@ -90,6 +92,46 @@ def test_a_text_and_the_corpus_made_of_it_measure_the_same(run, tmp_path, capsys
     assert f"{found['made']['ppl']:,.4f}" in table[2]
     part = measured("--from", run, *sets[:2], "--max_windows", 2, output=tmp_path / "out.json")["data"]["text.txt"]
     assert (part["windows"], found["made"]["windows"] > 2) == (2, True)  # those that were computed
+
+
+def test_a_figure_too_large_for_a_number_is_null_in_json_and_not_what_json_does_not_know(run, tmp_path, capsys):
+    """The perplexity of a word of 2,000 letters stood there as Infinity, which most readers of JSON refuse."""
+    (tmp_path / "long.txt").write_text("x" * 2000)
+    flags = ["--from", run, "--data", tmp_path / "long.txt", "--json", tmp_path / "out.json"]
+    assert evaluate_main([*map(str, flags)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[2] == "inf"
+    found = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["data"]["long.txt"]
+    assert found["word_ppl"] is None
+    assert found["ppl"] > 1
+
+
+def test_a_model_of_broken_numbers_has_no_perplexity(run, tmp_path):
+    """It was nan, with the exit code of success."""
+    weights = load_file(run)
+    weights["ln_f.weight"][0] = math.nan
+    about = {"config": json.dumps(open_source(run).config.to_dict())}
+    save_file(weights, tmp_path / "model.safetensors", metadata=about)
+    flags = ["--from", tmp_path / "model.safetensors", "--tokenizer", run.with_name("tokenizer.json")]
+    with pytest.raises(NumericError, match=r"the loss over text\.txt is not finite"):
+        evaluate_main([*map(str, flags), "--data", str(run.with_name("text.txt"))])
+
+
+def _settled(run) -> tuple[str, int, str]:
+    source = open_source(run)
+    if not dist.is_main():  # it sees another state of a run that goes on, and is not asked
+        source = replace(source, find=lambda: run / "checkpoints" / "global_step4")
+    with ranks():
+        source = source.settled()
+    return source.checkpoint, source.step, sorted(source.weights().shapes)[0]
+
+
+def test_all_ranks_take_the_checkpoint_that_the_first_one_finds(run_dir):
+    """Each looked for itself, and a run that saved meanwhile gave them different ones."""
+    (run_dir / "checkpoints" / "global_step4" / "manifest.json").unlink()
+    results = run_ranks(_settled, 2, run_dir)
+    assert [found for found, _ in results] == [("global_step3", 3, "blocks.0.attn.proj.bias")] * 2
+    assert "warning: skipped checkpoint global_step4: it has no manifest.json" in results[0][1]
+    assert "warning" not in results[1][1]
 
 
 def _on_this_rank(run, output, tasks):

@@ -14,6 +14,7 @@ from megagpt.config.fields import parse
 from megagpt.data.main import prepare_main
 from megagpt.dist import resolve_world
 from megagpt.errors import ConfigError
+from megagpt.evaluate.measure import evaluate_main
 from megagpt.train.intervals import due_doubling
 from megagpt.train.plan import make_plan
 from megagpt.zeroshot.main import zeroshot_main
@@ -52,7 +53,7 @@ def logged(run_dir):
     return {r["step"]: {key: value for key, value in r.items() if key != "step"} for r in asked}
 
 
-def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, tmp_path):
+def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, tmp_path, capsys):
     run = tmp_path / "run"
     codes, output = train(flags(folder, run, keep_last=2, keep_weights_interval=1), 2)
     assert codes == [0, 0], output
@@ -74,6 +75,13 @@ def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, 
                 assert {k: found[entry["step"]][k] for k in numbers} == pytest.approx(numbers, abs=1e-4)
     assert (run / "trajectory.csv").exists()
     assert (run / "trajectory.png").exists()
+    assert zeroshot_main([*map(str, ["--from", run, *words[2:]])]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["checkpoints"] == {str(run): "global_step5"}
+    (tmp_path / "text.txt").write_text("It was a dark night. " * 9)
+    assert evaluate_main([*map(str, ["--from", run, "--data", tmp_path / "text.txt", *words[4:]])]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["from"], found["checkpoint"], found["step"]) == (str(run), "global_step5", 5)
+    assert capsys.readouterr().out.count(f"{run}: global_step5\n") == 2
 
 
 def test_asking_changes_nothing_about_the_training(folder, tmp_path):

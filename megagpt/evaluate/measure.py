@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from megagpt.config.flags import parse_flags
 from megagpt.data.indexed import IndexedDataset, plain_prefix
 from megagpt.data.storage import check_writable, write_atomically
 from megagpt.data.windows import EvalWindows
-from megagpt.errors import ConfigError, DataError
+from megagpt.errors import ConfigError, DataError, NumericError
 from megagpt.evaluate.source import Source, open_source
 
 ALIASES = {"run": "from"}
@@ -80,8 +81,11 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         check_installed()
     with ranks() as (world, device), contextlib.ExitStack() as stack:
         opened = {name: stack.enter_context(opened_set(path, source)) for name, path in settings.sets().items()}
+        source = source.settled()
+        say_checkpoint(settings.from_, source)
         model = dist.everywhere(lambda: source.build(device, settings.dtype))
-        figures: dict = {"from": settings.from_, "dtype": settings.dtype}
+        figures: dict = {"from": settings.from_, "checkpoint": source.checkpoint, "step": source.step}
+        figures["dtype"] = settings.dtype
         if opened:
             figures["data"] = _perplexities(model, opened, settings, world)
         if settings.tasks:
@@ -89,7 +93,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
             figures["tasks"] = evaluate_tasks(model, source.tokenizer, settings, world)
         if dist.is_main() and settings.json:
-            write_atomically(Path(settings.json), (json.dumps(figures, indent=2) + "\n").encode())
+            write_figures(Path(settings.json), figures)
     return 0
 
 
@@ -111,6 +115,8 @@ def _perplexities(model, opened: dict[str, IndexedDataset], settings: EvaluateSe
             device=device,
         )
         n_windows = min(windows.n_windows, settings.max_windows or windows.n_windows)
+        if not math.isfinite(found[name]["loss"]):
+            raise NumericError(f"the loss over {name} is not finite; the model's numbers are broken")
         found[name] |= {"tokens": dataset.n_tokens, "windows": n_windows, "stride": windows.stride}
     if dist.is_main():
         names = [name for name in _COLUMNS if any(name in measures for measures in found.values())]
@@ -181,6 +187,25 @@ def ranks() -> "Iterator[tuple[dist.World, object]]":
     # Only after success: a rank that failed alone must end, and not wait here for peers that wait for it.
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def say_checkpoint(name: str, source: Source) -> None:
+    """Which of a run's checkpoints is taken, where that is to be told."""
+    if source.checkpoint is not None and dist.is_main():
+        print(f"{name}: {source.checkpoint}", flush=True)
+
+
+def write_figures(path: Path, figures: dict) -> None:
+    """``figures`` as JSON, which has no infinity: what is too large for a number is null. Raises StorageError."""
+    write_atomically(path, (json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -6,11 +6,12 @@ whatever is wrong is said before the weights are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt import dist
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.train import manifest
 
@@ -41,6 +42,27 @@ class Source:
     read_tokenizer: Callable[[], "Tokenizer"]
     tokenizer_sha256: str | None = None  # of the text it was trained on, where that is known
     finetuned: bool = False
+    checkpoint: str | None = None  # the name of the one taken, global_step<N>, once it is settled
+    find: Callable[[], Path] | None = None  # the checkpoint or file that ``path`` means now, verified; None: itself
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint taken."""
+        return None if self.checkpoint is None else manifest.step_of(Path(self.checkpoint))
+
+    def settled(self) -> "Source":
+        """This with the checkpoint that is taken: of a run folder the newest intact one, the same on every rank.
+
+        A run that goes on saves newer ones meanwhile and deletes others, so rank 0 decides. Every rank calls this.
+        Raises CheckpointError where there is none.
+        """
+        if self.find is None:
+            return self
+        found = dist.everywhere(lambda: str(self.find()) if dist.is_main() else None)
+        place = Path(dist.gather_json(found)[0])
+        kept = place.parent if place.suffix == ".safetensors" else place  # weights kept of a checkpoint lie in a folder
+        name = kept.name if manifest.step_of(kept) is not None else None
+        return replace(self, weights=lambda: _open_weights(place, verified=True), checkpoint=name, find=None)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -117,6 +139,7 @@ def open_source(named: str | Path, *, tokenizer: str | None = None, finetuned: b
         read_tokenizer=lambda: _read_tokenizer(str(path), tokenizer),
         tokenizer_sha256=about.tokenizer_sha256,
         finetuned=about.finetuned,
+        find=lambda: _find_weights(path),
     )
 
 
@@ -151,7 +174,13 @@ def _read_hf_tokenizer(folder: Path, tokenizer: str | None) -> "Tokenizer":
     return found
 
 
-def _open_weights(path: Path) -> "Tensors":
+def _find_weights(path: Path) -> Path:
+    from megagpt.train.weights import find_weights
+
+    return find_weights(path)
+
+
+def _open_weights(path: Path, *, verified: bool = False) -> "Tensors":
     from megagpt.train.weights import open_weights
 
-    return open_weights(path)[0]
+    return open_weights(path, *([lambda folder: None] if verified else []))[0]

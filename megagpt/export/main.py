@@ -63,6 +63,7 @@ def export(settings: ExportSettings) -> tuple["Comparison | None", int]:
     if spec and settings.dtype != "fp32":
         raise ConfigError(f"--dtype {settings.dtype} is for language models; a fine-tuned one is written in fp32")
     tokenizer = source.tokenizer  # whatever is wrong with it is said before the weights are read
+    source = source.settled()
     tensors, files = _converted(source, spec, settings.dtype)
     with new_folder(to, tensors.n_bytes + len(tokenizer.json) + 100_000) as folder:
         for name, content in files.items():
@@ -74,7 +75,7 @@ def export(settings: ExportSettings) -> tuple["Comparison | None", int]:
             source.config,
             comparison,
             dtype=settings.dtype,
-            origin=_origin(source.path),
+            origin=_origin(source),
             tokenizer_sha256=tokenizer.sha256,
             spec=spec,
         )
@@ -82,11 +83,12 @@ def export(settings: ExportSettings) -> tuple["Comparison | None", int]:
     return comparison, n_files
 
 
-def _origin(path: Path) -> str:
+def _origin(source: "Source") -> str:
     """What the card says of the place: names of the run and the checkpoint, and not where they lie."""
-    path = path.absolute()
+    path = source.path.absolute()
     run = path.parent.parent if path.name.startswith("global_step") else path
-    return path.name if run is path else f"{run.name}, {path.name}"
+    name = source.checkpoint or path.name
+    return name if run.name == name else f"{run.name}, {name}"
 
 
 def _spec(source: "Source") -> "TaskSpec":

@@ -55,6 +55,7 @@ def serve_main(argv: list[str] | None = None) -> int:
         local = guard.is_loopback(address)
         if warning := open_to_others(address, port, key):
             _say(warning)
+        source = source.settled()
         service = _service(settings, source, tokenizer, key, local)
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         running = server.make_server(
@@ -64,7 +65,8 @@ def serve_main(argv: list[str] | None = None) -> int:
             give_up=lambda: service.worker.close(0),
         )
         bound.listen(server.BACKLOG)
-        _say(f"{service.name} is served at {url}; Ctrl-C stops it")
+        which = f"{service.name}, {source.checkpoint}," if source.checkpoint else service.name
+        _say(f"{which} is served at {url}; Ctrl-C stops it")
         server.run(running, bound)
     _say("stopped")
     return 0

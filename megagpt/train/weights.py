@@ -31,20 +31,30 @@ _RANK = re.compile(r"zero_pp_rank_([0-9]+)_")
 Parts = list[Tensor]  # one-dimensional, to be read as if they lay one behind the other
 
 
-def open_weights(path: Path, problem: Callable[[Path], str | None] = manifest.problem) -> tuple[Tensors, dict]:
-    """The weights, whatever ZeRO stage they were saved under, and the model's settings.
+def find_weights(path: Path, problem: Callable[[Path], str | None] = manifest.problem) -> Path:
+    """The checkpoint folder or the .safetensors file that ``path`` means.
 
     ``path`` is a run folder (its newest intact checkpoint; newer ones that are damaged are told on stderr), a
-    checkpoint folder, a .safetensors file (whose settings are in its metadata under ``config``), or a folder with a
-    model.safetensors. ``problem`` is how a checkpoint is verified. Raises CheckpointError when there is nothing usable.
+    checkpoint folder, a .safetensors file, or a folder with a model.safetensors. ``problem`` is how a checkpoint is
+    verified. Raises CheckpointError when there is nothing usable.
     """
     path = manifest.weights_path(Path(path))
     if path.suffix == ".safetensors":
-        return read_safetensors(path), manifest.read_source(path).model
+        return path
     folder, passed_over = manifest.locate(path, problem)
     if dist.is_main():
         for note in passed_over:
             print(f"warning: {note}", file=sys.stderr, flush=True)
+    return folder
+
+
+def open_weights(path: Path, problem: Callable[[Path], str | None] = manifest.problem) -> tuple[Tensors, dict]:
+    """The weights of what :func:`find_weights` finds, whatever ZeRO stage they were saved under, and the model's
+    settings, which a .safetensors file has in its metadata under ``config``. Raises CheckpointError.
+    """
+    folder = find_weights(path, problem)
+    if folder.suffix == ".safetensors":
+        return read_safetensors(folder), manifest.read_source(folder).model
     stage = manifest.read(folder)["zero_stage"]
     try:
         tensors = _unsharded(folder) if stage == 0 else _sharded(folder, stage)

@@ -1,6 +1,5 @@
 """``megagpt zeroshot``: tasks answered by a model that was not trained for them, and by the checkpoints of a run."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Literal
 
 from megagpt import dist
 from megagpt.config.flags import parse_flags
-from megagpt.data.storage import check_writable, write_atomically
+from megagpt.data.storage import check_writable
 from megagpt.errors import CheckpointError, ConfigError
-from megagpt.evaluate.measure import ranks, table
+from megagpt.evaluate.measure import ranks, say_checkpoint, table, write_figures
 from megagpt.evaluate.source import Source, open_source
 from megagpt.train import manifest
 from megagpt.zeroshot.results import HEADER, measure, parse_references, table_row
@@ -95,7 +94,7 @@ def zeroshot_main(argv: Sequence[str] | None = None) -> int:
             figures = _checkpoints(settings, sources, read, world, device)
         if dist.is_main() and settings.json:
             about = {"task_data": settings.task_data, "scoring": settings.scoring, "dtype": settings.dtype}
-            write_atomically(Path(settings.json), (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+            write_figures(Path(settings.json), {**about, **figures})
     return 0
 
 
@@ -120,8 +119,12 @@ def kept_checkpoints(run: Path) -> tuple[list[str], list[str]]:
 
 def _models(settings: ZeroshotSettings, sources: list[Source], read: _Read, world, device) -> dict:
     """The figures of every model and, of several, of all together."""
+    names = _names(settings.from_)
+    sources = [source.settled() for source in sources]
+    for name, source in zip(names, sources, strict=True):
+        say_checkpoint(name, source)
     found = [_log_probs(settings, source, read, world, device) for source in sources]
-    groups = {name: [log_probs] for name, log_probs in zip(_names(settings.from_), found, strict=True)}
+    groups = {name: [log_probs] for name, log_probs in zip(names, found, strict=True)}
     if len(found) > 1:
         groups[ENSEMBLE] = found
     same = len({source.tokenizer.sha256 for source in sources}) == 1
@@ -136,17 +139,26 @@ def _models(settings: ZeroshotSettings, sources: list[Source], read: _Read, worl
         for task, figures in tasks.items()
     ]
     _say(table(header, rows))
-    return {"models": models}
+    checkpoints = {name: source.checkpoint for name, source in zip(names, sources, strict=True)}
+    return {"checkpoints": checkpoints, "models": models}
 
 
 def _checkpoints(settings: ZeroshotSettings, sources: list[Source], read: _Read, world, device) -> dict:
     """The figures of every checkpoint, in a file for a spreadsheet and a picture too."""
     steps = []
-    for source in sources:
+    # A run that goes on saves and deletes meanwhile: rank 0 says which, and one that is gone at its turn is told.
+    for path in dist.gather_json([str(source.path) for source in sources])[0]:
+        try:
+            source = dist.everywhere(lambda: open_source(path, tokenizer=settings.tokenizer)).settled()  # noqa: B023
+        except CheckpointError as error:
+            _say(f"skipped checkpoint {Path(path).name}: {error}")
+            continue
         tasks = _measured(settings, read.asked, [_log_probs(settings, source, read, world, device)], True)
-        steps.append({"step": manifest.step_of(source.path), "tasks": tasks})
+        steps.append({"step": source.step, "tasks": tasks})
         scores = ", ".join(f"{name} {figures['score']:.2f}" for name, figures in tasks.items())
         _say(f"step {steps[-1]['step']:,}: {scores}")
+    if not steps:
+        raise CheckpointError(f"no checkpoint of {settings.trajectory} is left to be asked")
     if dist.is_main():
         for line in write_trajectory(steps, settings.folder, "trajectory"):
             _say(line)
