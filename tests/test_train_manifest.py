@@ -1,6 +1,8 @@
 """Checkpoint folders: what is found damaged, what is kept, what a rename promises."""
 
+import errno
 import json
+import os
 
 import pytest
 from distributed import run_ranks
@@ -114,3 +116,40 @@ def test_latest_is_replaced_whole(tmp_path):
     manifest.write_latest(tmp_path, 6)
     assert (tmp_path / "latest").read_text() == "global_step6"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest"]
+
+
+def refusing(refuses, call):
+    """``call``, where ``refuses(path, ...)`` says so as on a disk that fails."""
+
+    def called(*args):
+        if refuses(*args):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*args)
+
+    return called
+
+
+def test_a_latest_that_cannot_be_written_leaves_nothing_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refusing(lambda fd: True, os.fsync))
+    with pytest.raises(OSError, match="Input/output error"):
+        manifest.write_latest(tmp_path, 5)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "left"), [("rename", {".tmp-global_step3", "global_step3"}), ("fsync", {"global_step3"})]
+)
+def test_a_commit_that_fails_in_the_place_of_an_earlier_one_leaves_that_or_the_new_one(
+    tmp_path, monkeypatch, what, left
+):
+    """The earlier one stayed behind under a hidden name, in the first case as the only one. ``save`` removes .tmp-."""
+    folder = make(tmp_path, 3)
+    with monkeypatch.context() as patch:
+        if what == "rename":
+            patch.setattr(os, "rename", refusing(lambda old, new: old.name == manifest.tmp_name(3), os.rename))
+        else:
+            patch.setattr(manifest, "fsync", refusing(lambda path: path == tmp_path, manifest.fsync))
+        with pytest.raises(OSError, match="Input/output error"):
+            make(tmp_path, 3)
+    assert manifest.problem(folder) is None
+    assert {path.name for path in tmp_path.iterdir()} == left

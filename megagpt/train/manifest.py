@@ -169,11 +169,16 @@ def make_folder(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` so that a reader sees the old content or the new, never a part of either."""
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise
     fsync(path.parent)
 
 
@@ -197,7 +202,8 @@ def commit(tmp: Path, final: Path, entries: Iterable[FileEntry], header: dict) -
 def publish(tmp: Path, final: Path) -> None:
     """Give ``tmp``, whose manifest and other files are on disk, the name ``final``.
 
-    What already has the name is a damaged checkpoint of this very step: the good one takes its place.
+    What already has the name is of this very step: a damaged checkpoint, or one that was there when the disk failed.
+    ``tmp`` takes its place.
     """
     for folder in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
         fsync(folder)
@@ -206,9 +212,16 @@ def publish(tmp: Path, final: Path) -> None:
     remove(old)
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
-    os.rename(tmp, final)
-    faults.point("renamed")
-    fsync(final.parent)
+    try:
+        os.rename(tmp, final)
+        faults.point("renamed")
+        fsync(final.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rename(old, final)  # it comes back where nothing has taken its place
+        if final.exists():
+            remove(old)
+        raise
     remove(old)
     faults.point("committed")
 
