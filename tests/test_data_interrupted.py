@@ -110,7 +110,7 @@ def test_a_job_killed_at_its_very_end_is_finished(tmp_path, texts, tokenizer, wh
         raise Killed
 
     monkeypatch.setattr(job, "_SAVE_EVERY_S", 0)
-    place = (job.CorpusWriter, "seal") if when == "after the last block" else (writer, "sync_folder")
+    place = (job.CorpusWriter, "seal") if when == "after the last block" else (writer, "sync_path")
     with monkeypatch.context() as patch:
         patch.setattr(*place, die)
         with pytest.raises(Killed):

@@ -7,6 +7,7 @@ import os
 import pytest
 from distributed import run_ranks
 
+from megagpt.data import storage
 from megagpt.errors import CheckpointError
 from megagpt.train import manifest, retention
 
@@ -148,7 +149,7 @@ def test_a_commit_that_fails_in_the_place_of_an_earlier_one_leaves_that_or_the_n
         if what == "rename":
             patch.setattr(os, "rename", refusing(lambda old, new: old.name == manifest.tmp_name(3), os.rename))
         else:
-            patch.setattr(manifest, "fsync", refusing(lambda path: path == tmp_path, manifest.fsync))
+            patch.setattr(storage, "sync_path", refusing(lambda path: path == tmp_path, storage.sync_path))
         with pytest.raises(OSError, match="Input/output error"):
             make(tmp_path, 3)
     assert manifest.problem(folder) is None

@@ -9,6 +9,7 @@ from disk_recorder import Recorder, Recording, read
 from distributed import run_ranks
 from power_loss import survey, survey_fresh_run, survey_resumed_run
 
+from megagpt.data import storage
 from megagpt.errors import CheckpointError
 from megagpt.train import manifest, retention
 from megagpt.train.metrics import MetricsFile
@@ -30,12 +31,12 @@ def _save_three_times(base, mistake: str | None) -> str:
     out.mkdir(parents=True)
     base.mkdir()
     Recorder(str(base), out)
-    fsync, root = manifest.fsync, base / "run" / manifest.FOLDER
+    fsync, root = storage.sync_path, base / "run" / manifest.FOLDER
     if mistake == "names of new folders":
-        manifest.make_folder = lambda path: path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder = lambda path: path.mkdir(parents=True, exist_ok=True)
     if mistake == "name of a checkpoint":
-        manifest.fsync = lambda path: None if path == root else fsync(path)
-    manifest.make_folder(root)
+        storage.sync_path = lambda path: None if path == root else fsync(path)
+    storage.make_folder(root)
     log = MetricsFile(root.parent, -1)
     for step in (1, 2, 3):
         log.write({"step": step})

@@ -31,6 +31,7 @@ from training import write_corpus
 from megagpt import dist
 from megagpt.config import deepspeed as ds
 from megagpt.config.fields import TrainSettings
+from megagpt.data import storage
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT, decays
 from megagpt.ops import load_ops
@@ -127,7 +128,7 @@ def save_plainly(states: list, folder: Path, *, sync: bool, hashed: bool) -> Non
         path = folder / f"{i}.pt"
         torch.save(state, path)
         if sync:
-            manifest.fsync(path)
+            storage.sync_path(path)
         if hashed:
             digest = hashlib.sha256()
             with open(path, "rb", buffering=0) as file:
@@ -139,7 +140,7 @@ def write_bytes(contents: list[bytes], folder: Path) -> None:
     for i, content in enumerate(contents):
         path = folder / f"{i}.pt"
         path.write_bytes(content)
-        manifest.fsync(path)
+        storage.sync_path(path)
 
 
 # -- in a run

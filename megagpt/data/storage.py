@@ -32,19 +32,28 @@ def storage_errors(path: str | os.PathLike) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {reason}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step that survives a loss of power. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace(path: Path, content: bytes | str) -> None:
+    """Put ``content``, text in UTF-8, in the place of ``path``: a reader sees the old or the new, never a part.
+
+    It survives a loss of power. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to be told
+            temporary.unlink()
+        raise
+    sync_path(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """:func:`replace`. Raises StorageError."""
     with storage_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                sync(file)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        replace(path, content)
 
 
 def check_writable(path: Path) -> None:
@@ -52,11 +61,23 @@ def check_writable(path: Path) -> None:
     with storage_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
             temporary.touch()
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that they are there after a loss of power too.
+
+    Raises OSError.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # a parent that may be entered and not read
+            sync_path(folder.parent)
 
 
 def sync(file) -> None:
@@ -65,13 +86,13 @@ def sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names of ``folder`` on the disk, as a rename alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Put the bytes of a file, or the names in a folder, on the disk, as a rename alone does not. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:  # some network file systems have no fsync of folders
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -15,7 +15,7 @@ import numpy as np
 from megagpt.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, dtype_for, plain_prefix
 from megagpt.data.info import CorpusInfo
 from megagpt.data.progress import Progress
-from megagpt.data.storage import storage_errors, sync, sync_folder, write_atomically
+from megagpt.data.storage import storage_errors, sync, sync_path, write_atomically
 from megagpt.errors import ConfigError, DataError, StorageError
 from megagpt.version import __version__
 
@@ -214,6 +214,6 @@ def publish(folder: Path, name: str, prefix: str, tokenizer_json: bytes, info: C
         for ending in (".bin", ".idx"):
             if (folder / f"{name}{ending}").exists():
                 os.replace(folder / f"{name}{ending}", prefix + ending)
-        sync_folder(Path(prefix).absolute().parent)
+        sync_path(Path(prefix).absolute().parent)
     write_atomically(Path(prefix + ".tokenizer.json"), tokenizer_json)
     write_atomically(Path(prefix + ".json"), info.to_bytes())

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megagpt.data.storage import storage_errors, sync_folder
+from megagpt.data.storage import storage_errors, sync_path
 from megagpt.errors import ConfigError, StorageError
 
 
@@ -38,9 +38,9 @@ def new_folder(to: Path, n_bytes: int) -> Iterator[Path]:
         with storage_errors(to):
             hidden.mkdir()
             yield hidden
-            sync_folder(hidden)
+            sync_path(hidden)
             check_new(to)  # of another process, meanwhile
             os.rename(hidden, to)
-            sync_folder(home)
+            sync_path(home)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

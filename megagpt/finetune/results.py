@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.data.storage import replace
 from megagpt.errors import StorageError
 from megagpt.finetune.examples import Example
 from megagpt.finetune.plan import FinetunePlan
 from megagpt.finetune.score import constant_baselines, predict
 from megagpt.finetune.spec import TaskSpec
 from megagpt.train.checkpoint import TrainState
-from megagpt.train.manifest import write_atomically
 
 FOLDER = "predictions"
 
@@ -127,6 +127,6 @@ def write(path: Path, text: str, instead: str) -> None:
     """Write a whole file or none. Raises StorageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        replace(path, text)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; free space or choose {instead}") from None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
+from megagpt.data import storage
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.finetune.model import Classifier
 from megagpt.finetune.plan import FinetunePlan
@@ -129,8 +130,9 @@ def save(weights: Weights, path: Path, plan: FinetunePlan) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp, metadata=about)
-        manifest.fsync(tmp)
+        storage.sync_path(tmp)
         tmp.replace(path)
+        storage.sync_path(path.parent)
     except (OSError, SafetensorError) as error:
         tmp.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error}; free space or choose another --run_dir") from None

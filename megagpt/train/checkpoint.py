@@ -17,6 +17,7 @@ import torch
 
 from megagpt import dist
 from megagpt.config.deepspeed import ResolvedConfig
+from megagpt.data import storage
 from megagpt.errors import CheckpointError, ConfigError, StorageError
 from megagpt.train import faults, manifest, reshard
 from megagpt.train.safe import refuse_code_everywhere
@@ -167,7 +168,7 @@ def _without_crc32():
 
 def _prepare_folder(root: Path, tmp: Path, needed: int) -> None:
     try:
-        manifest.make_folder(root)
+        storage.make_folder(root)
         check_space(root, needed)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
@@ -180,7 +181,7 @@ def _finish_rank(writer: Writer, tmp: Path, rank: int, state: TrainState) -> Non
     try:
         writer.add_existing(f"offloaded_tensors/rank{rank:02d}/**/*")
         if rank == 0:
-            manifest.write_atomically(tmp / manifest.STATE, json.dumps(asdict(state), indent=1))
+            storage.replace(tmp / manifest.STATE, json.dumps(asdict(state), indent=1))
             writer.entries.append(manifest.hash_file(tmp, manifest.STATE))
             faults.point("state_written")
         faults.point("rank_done")

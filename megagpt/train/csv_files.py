@@ -6,7 +6,7 @@ at each start, so that a resumed run would have them, and the steps it repeats, 
 
 from pathlib import Path
 
-from megagpt.train.manifest import write_atomically
+from megagpt.data.storage import replace
 
 _SAMPLES = "Train_Samples_"  # of the classic tags, whose x is samples and not steps
 _STEPS = "train_loss.csv"  # a line for each record, as the classic ones have
@@ -24,7 +24,7 @@ def truncate(folder: Path, last_step: int) -> list[str]:
     for name, (names, lines) in files.items():
         classic = name.startswith(_SAMPLES)
         kept = lines[:n_records] if classic else [line for line in lines if _x(line) <= last_step]
-        write_atomically(folder / name, "".join(f"{line}{_END}" for line in (names, *kept)))
+        replace(folder / name, "".join(f"{line}{_END}" for line in (names, *kept)))
     return [Path(name).stem for name in files]
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt import dist
+from megagpt.data import storage
 from megagpt.errors import ConfigError, StorageError
 from megagpt.train import manifest, retention
 
@@ -52,7 +53,7 @@ def locked(run_dir: Path, mirror: str | None = None):
 def _take_lock(run_dir: Path, flag: str = "--run_dir"):
     _refuse_open_folders(run_dir, flag)
     try:
-        manifest.make_folder(run_dir)
+        storage.make_folder(run_dir)
         file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 held open while the run lasts
     except OSError as error:
         raise StorageError(f"cannot write to {flag} {run_dir}: {error.strerror}; choose a writable folder") from None

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from megagpt.data import storage
 from megagpt.errors import MegaGPTError
 from megagpt.model.tensors import write_safetensors
 from megagpt.train import checkpoint, manifest
@@ -67,7 +68,7 @@ def keep(saved: Path, *, is_new: bool = False) -> str:
     tmp = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
-        manifest.make_folder(final.parent)
+        storage.make_folder(final.parent)
         tmp.mkdir()
         tensors, model = open_weights(saved, **({"problem": lambda folder: None} if is_new else {}))
         about = {"config": json.dumps(model)}
@@ -76,11 +77,11 @@ def keep(saved: Path, *, is_new: bool = False) -> str:
         write_safetensors(tmp / manifest.WEIGHTS, tensors, tensors.shapes, about)
         if (run_dir / TOKENIZER).exists():
             shutil.copyfile(run_dir / TOKENIZER, tmp / TOKENIZER)
-            manifest.fsync(tmp / TOKENIZER)
-        manifest.fsync(tmp)
+            storage.sync_path(tmp / TOKENIZER)
+        storage.sync_path(tmp)
         shutil.rmtree(final, ignore_errors=True)  # of a step that a resumed run repeats
         tmp.rename(final)
-        manifest.fsync(final.parent)
+        storage.sync_path(final.parent)
     except (OSError, MegaGPTError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         return f"WARNING: the weights of {saved.name} cannot be kept, going on: {error}"

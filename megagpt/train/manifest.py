@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megagpt.data import storage
 from megagpt.errors import CheckpointError
 from megagpt.model.tensors import open_safetensors, refuse_pickles
 from megagpt.train import faults
@@ -148,40 +149,6 @@ def hash_file(folder: Path, name: str) -> FileEntry:
     return FileEntry(name, size, digest.hexdigest())
 
 
-def fsync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, so that they are there after a loss of power too."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        with contextlib.suppress(PermissionError):  # a parent that may be entered and not read
-            fsync(folder.parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old content or the new, never a part of either."""
-    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(tmp, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-        raise
-    fsync(path.parent)
-
-
 def config_hash(ds_config: dict, model: dict) -> str:
     """SHA-256 of the resolved DeepSpeed configuration, without its logs, and the model."""
     logs = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "comms_logger")
@@ -206,7 +173,7 @@ def publish(tmp: Path, final: Path) -> None:
     ``tmp`` takes its place.
     """
     for folder in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
-        fsync(folder)
+        storage.sync_path(folder)
     faults.point("manifest_synced")
     old = final.with_name(f".tmp-old-{final.name}")
     remove(old)
@@ -215,7 +182,7 @@ def publish(tmp: Path, final: Path) -> None:
     try:
         os.rename(tmp, final)
         faults.point("renamed")
-        fsync(final.parent)
+        storage.sync_path(final.parent)
     except OSError:
         with contextlib.suppress(OSError):
             os.rename(old, final)  # it comes back where nothing has taken its place
@@ -376,5 +343,5 @@ def locate(
 
 def write_latest(root: Path, step: int) -> None:
     """Point ``latest``, which DeepSpeed's own tools read, to ``step``."""
-    write_atomically(root / LATEST, tag_name(step))
+    storage.replace(root / LATEST, tag_name(step))
     faults.point("latest_written")

@@ -9,8 +9,8 @@ import math
 import os
 from pathlib import Path
 
+from megagpt.data.storage import replace, sync_path
 from megagpt.errors import StorageError
-from megagpt.train.manifest import fsync, write_atomically
 
 NAME = "metrics.jsonl"
 
@@ -32,7 +32,7 @@ def truncate(path: Path, last_step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [record for record in read(path) if record["step"] <= last_step]
-    write_atomically(path, "".join(_line(record) for record in kept))
+    replace(path, "".join(_line(record) for record in kept))
     return kept
 
 
@@ -62,7 +62,7 @@ class MetricsFile:
         """Force the records so far to disk. Raises OSError."""
         os.fsync(self._file.fileno())
         if not self._is_named:
-            fsync(self.path.parent)
+            sync_path(self.path.parent)
             self._is_named = True
 
     def cut(self, last_step: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt import dist
+from megagpt.data import storage
 from megagpt.errors import CheckpointError, StorageError
 from megagpt.train import checkpoint, faults, manifest, retention
 
@@ -23,7 +24,7 @@ def copy(folder: Path, root: Path) -> Path:
     tmp, final = root / manifest.tmp_name(manifest.step_of(folder)), root / folder.name
     try:
         files = manifest.read(folder)["files"]
-        manifest.make_folder(root)
+        storage.make_folder(root)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         for name, entry in files.items():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megagpt import dist
+from megagpt.data import storage
 from megagpt.secrets import hide, without_secrets
 from megagpt.train import manifest
 
@@ -69,7 +70,7 @@ class Evidence:
             saved = next(iter(manifest.folders(self._root)), None)
             told = {"reason": reason, "replay": replay_command(self._run_dir, saved, len(ranks)), "ranks": ranks}
             with contextlib.suppress(OSError):
-                manifest.write_atomically(path, hide(json.dumps(told, indent=1)) + "\n")
+                storage.replace(path, hide(json.dumps(told, indent=1)) + "\n")
         return path
 
 

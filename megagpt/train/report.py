@@ -11,10 +11,10 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megagpt.data.storage import replace
 from megagpt.errors import StorageError
 from megagpt.secrets import hide, without_secrets
 from megagpt.train import metrics, restarts
-from megagpt.train.manifest import write_atomically
 from megagpt.train.plots import plot_losses
 from megagpt.version import __version__
 
@@ -219,6 +219,6 @@ def _cell(value) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        replace(path, text)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; free space or choose another --run_dir") from None

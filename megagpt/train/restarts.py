@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megagpt.data.storage import replace
 from megagpt.errors import ConfigError, StorageError
 from megagpt.train import metrics
-from megagpt.train.manifest import write_atomically
 
 NAME = "restarts.json"
 _LIMIT = 3  # starts from one and the same step after which a job that is requeued by itself gives up
@@ -48,7 +48,7 @@ def begin(run_dir: Path, step: int, limit: int | None, env: Mapping[str, str] = 
         _close(starts[-1], run_dir)
     now = {"step": step, "began": time.time(), "host": os.uname().nodename, "job": env.get("SLURM_JOB_ID")}
     try:
-        write_atomically(run_dir / NAME, json.dumps([*starts, now], indent=1) + "\n")
+        replace(run_dir / NAME, json.dumps([*starts, now], indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {run_dir / NAME}: {error.strerror}; choose another --run_dir") from None
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from megagpt import dist
+from megagpt.data.storage import replace
 from megagpt.errors import CheckpointError, NumericError, StorageError
 from megagpt.train import checkpoint, manifest
 from megagpt.train.batches import ranges
-from megagpt.train.manifest import write_atomically
 
 NAME = "rewinds.json"
 
@@ -82,7 +82,7 @@ class Rewinder:
 
     def _write(self, rewinds: list[dict]) -> None:
         try:
-            write_atomically(self._run_dir / NAME, json.dumps(rewinds, indent=1) + "\n")
+            replace(self._run_dir / NAME, json.dumps(rewinds, indent=1) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot write {self._run_dir / NAME}, without which a resumed run would not leave out the same "

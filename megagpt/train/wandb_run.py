@@ -6,7 +6,7 @@ import secrets
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from megagpt.train.manifest import write_atomically
+from megagpt.data.storage import replace
 
 _ID, _LONGEST = "wandb_run_id", 64  # a file in the run folder; characters that the service takes
 
@@ -32,7 +32,7 @@ def announce(run_dir: Path, ds_config: dict, *, resumed: bool, env: MutableMappi
             env[name] = _told[name] = value
     with contextlib.suppress(OSError):  # no run fails for want of it
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / _ID, f"{env['WANDB_RUN_ID']}\n")
+        replace(run_dir / _ID, f"{env['WANDB_RUN_ID']}\n")
 
 
 def _earlier_id(run_dir: Path) -> str:

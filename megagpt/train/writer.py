@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megagpt.data import storage
 from megagpt.errors import StorageError
 from megagpt.train import faults, manifest
 
@@ -153,7 +154,7 @@ class Writer:
         """Hash files that something else wrote (states offloaded to NVMe are copied by DeepSpeed itself)."""
         for path in sorted(self.folder.glob(pattern)):
             if path.is_file():
-                manifest.fsync(path)
+                storage.sync_path(path)
                 self.entries.append(manifest.hash_file(self.folder, str(path.relative_to(self.folder))))
 
     def raise_error(self) -> None:
