@@ -58,9 +58,11 @@ quickstart: install
 quickstart-finetune: install
 	$(BIN)/python -m megagpt.tools.quickstart_finetune
 
-# Whole files go to JOBS processes: what a file's tests share is made once.
+# Whole files go to JOBS processes, the longest first: what a file's tests share is made once. One thread each: threads
+# that wait for one another while others have the cores cost several times what they save.
 test: install
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile \
+	    --no-loadscope-reorder
 
 slurm-test: install
 	.ci/install-slurm

@@ -17,12 +17,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take a minute and more, the longest first: begun last, one alone would keep a process busy at the end.
+LONG = [
+    f"test_{name}.py"
+    for name in (
+        "slurm_runs", "kernels_aot", "train_chaos", "train_launchers", "benchmarks", "readme", "kernels_bench",
+        "kernels_model", "finetune_commands", "train_fp16", "train_resume", "finetune_objective", "finetune_kinds",
+    )
+]  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", help="run every N-th test alone, from the I-th on, counted from 0")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests of this shard: several processes share the work, with nothing installed."""
+    """Put long files first, and leave the tests of this shard: several processes share the work, nothing installed."""
+    place = {name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
     if config.option.shard:
         i, n = map(int, config.option.shard.split("/"))
         config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % n != i])

@@ -44,8 +44,8 @@ WAYS = {
     "signal to the batch script": (["--time=2", "--signal=B:USR1@50"], None, "SIGUSR1 on rank"),
     "signal to the ranks": (["--time=2", "--signal=USR1@50"], None, "SIGUSR1 on rank"),
     "time limit without a signal": (["--time=1", "--signal=B:URG@5"], None, "the job ends at"),
-    "scancel with a signal": ([], ["scancel", "--signal=USR1"], "USR1"),
-    "scontrol requeue": ([], ["scontrol", "requeue"], "TERM"),
+    "scancel with a signal": (["--time=15"], ["scancel", "--signal=USR1"], "USR1"),
+    "scontrol requeue": (["--time=15"], ["scontrol", "requeue"], "TERM"),
 }
 
 
