@@ -199,7 +199,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
     with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")
+        write_atomically(path, 123)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
