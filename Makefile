@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos soak power-loss corruption fuzz lint bench gpu lock clean
+.PHONY: help install quickstart quickstart-finetune test slurm-test slurm-soak chaos soak fault-matrix power-loss corruption fuzz lint bench gpu lock clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small GPT for about three minutes, sample from it"
@@ -21,6 +21,7 @@ help:
 	@echo "make slurm-soak   every way in which Slurm stops a job, in half an hour"
 	@echo "make chaos N=50   kill small runs 50 times and compare what comes out, bit for bit"
 	@echo "make soak         disturb one long run in every way, every six seconds, for about an hour"
+	@echo "make fault-matrix   resume, other numbers of ranks, a failing disk and NaN in every ZeRO stage and precision"
 	@echo "make power-loss   replay what a loss of power can leave of small runs' checkpoints"
 	@echo "make corruption N=20000   damage checkpoints 20,000 times and see that it is found"
 	@echo "make fuzz N=20000   20,000 random inputs to each reader of strangers' files: a right result or an error in a line"
@@ -77,6 +78,9 @@ chaos: install
 
 soak: install
 	PYTHONPATH=. $(BIN)/python tests/soak.py
+
+fault-matrix: install
+	PYTHONPATH=. $(BIN)/python tests/fault_matrix.py
 
 power-loss: install
 	PYTHONPATH=. $(BIN)/python tests/power_loss.py

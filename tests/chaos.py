@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 
-from checkpoint_common import arguments, curve, tensors
+from checkpoint_common import CONFIGS, arguments, curve, tensors
 from fork_server import Job, train_main
+from several_runs import let_fp16_through
 
 from megagpt.train import faults, manifest
 
 STEPS, KEEP = 16, 2
 MOST = 12  # kills of one run
-CONFIGS = list(itertools.product(range(4), ("fp32", "bf16", "fp16")))
 PLACES = [(place, rank) for place in faults.EVERY_RANK for rank in (0, 1)] + [(place, 0) for place in faults.RANK_0]
 SETUP, TRAINING = "setup", "training"  # a random moment of it
 SLOW = "*::0:sleep0.02"  # saves take the greater part of the time
@@ -65,17 +65,8 @@ class Tally:
 
 
 def allow_fp16(argv: list[str]) -> int:
-    """``train.py`` where a CPU is let through with fp16: it is refused for being slow, not for being wrong."""
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    from megagpt.config import deepspeed
-
-    accelerator = type(get_accelerator())
-    supported = accelerator.supported_dtypes
-    accelerator.is_fp16_supported = lambda self: True
-    accelerator.supported_dtypes = lambda self: [*supported(self), torch.float16]
-    deepspeed.check_hardware = lambda *arguments: None
+    """``train.py`` where a CPU is let through with fp16."""
+    let_fp16_through()
     return train_main(argv)
 
 
@@ -241,11 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    names = {f"zero{stage}_{precision}": (stage, precision) for stage, precision in CONFIGS}
-    parser.add_argument("--only", choices=names, help="one kind of run")
+    parser.add_argument("--only", choices=CONFIGS, help="one kind of run")
     args = parser.parse_args()
     rng, tally = random.Random(args.seed), Tally()
-    configs = [names[args.only]] if args.only else CONFIGS
+    configs = [CONFIGS[args.only]] if args.only else list(CONFIGS.values())
     planned = share_out(args.kills, rng, configs)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="megagpt-chaos-") as folder:

@@ -1,20 +1,31 @@
 """A small finished run, and what tests do to its folder."""
 
+import itertools
 import json
 import os
+import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 from corpora import tiny_corpus
 from distributed import train
 
+from megagpt.train import manifest
 
-def arguments(run_dir, *more, stage=1, **changes) -> list:
-    """Flags of a run of 4 steps that saves at each; ``changes`` replace flags by name."""
-    config = Path(tempfile.gettempdir(), f"megagpt-test-zero{stage}-{os.getpid()}.json")
-    config.write_text(
-        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "tensorboard": {}})
-    )
+# Every way in which weights and optimiser states can be kept.
+CONFIGS = {f"zero{stage}_{p}": (stage, p) for stage, p in itertools.product(range(4), ("fp32", "bf16", "fp16"))}
+
+
+def arguments(run_dir, *more, stage=1, fp16=None, **changes) -> list:
+    """Flags of a run of 4 steps that saves at each; ``changes`` replace flags by name.
+
+    ``fp16`` is about the loss scale, as in DeepSpeed's file.
+    """
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "tensorboard": {}}
+    text = json.dumps(settings | ({"fp16": fp16} if fp16 else {}))
+    config = Path(tempfile.gettempdir(), f"megagpt-test-{zlib.crc32(text.encode()):08x}-{os.getpid()}.json")
+    config.write_text(text)
     flags = {
         "ds_config": config,
         "model": "tiny",
@@ -50,59 +61,19 @@ def shard(run_dir: Path, step: int, rank: int = 1) -> Path:
     return folder(run_dir, step) / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
+def stopped_after(whole: Path, run_dir: Path, step: int) -> Path:
+    """Make ``run_dir`` what the finished run ``whole`` would have been had it ended after the save of ``step``."""
+
+    def later(_, names: list[str]) -> list[str]:
+        return [name for name in names if (manifest.step_of(Path(name)) or 0) > step]
+
+    return shutil.copytree(whole, run_dir, ignore=later)
+
+
 def resume(run_dir: Path, *more, ranks=2, env=None, **changes) -> tuple[int, str]:
     codes, output = train(arguments(run_dir, *more, **{"max_steps": 6, **changes}), ranks, env=env)
     assert len(set(codes)) == 1, output
     return codes[0], output
-
-
-def several_runs(cases):
-    """Runs of ``train.py`` that share a process group; in each the loss of some samples is multiplied by a factor.
-
-    ``cases`` is {name: (argv, samples, factor)}. Each micro-batch and how the run ends is printed.
-    """
-    import os
-
-    from test_train_fp16 import let_fp16_through
-
-    from megagpt import dist
-    from megagpt.config import deepspeed
-    from megagpt.config.fields import parse
-    from megagpt.errors import MegaGPTError
-    from megagpt.train import engine, run
-    from megagpt.train.batches import MicroBatches, without
-    from megagpt.train.folder import locked
-    from megagpt.train.plan import make_plan
-
-    fetch = MicroBatches._fetch
-
-    def noting(self, indices):
-        batch = fetch(self, indices)
-        batch.samples = without(self._left_out, indices).tolist()
-        return batch
-
-    MicroBatches._fetch = noting
-    let_fp16_through()
-    world = dist.resolve_world(os.environ)
-    dist.export(world)
-    device = engine.device_of(world)
-    engine.start_distributed(5)
-    for name, (argv, samples, factor) in cases.items():
-        settings = parse(argv)
-        plan = make_plan(settings, deepspeed.load(settings.ds_config), world)
-        try:
-            with locked(plan.run_dir), run.opened(plan, world, device) as loop:
-                forward = loop.forward
-
-                def spoilt(model, batch, forward=forward, loop=loop, name=name, samples=samples, factor=factor):
-                    print(f"{name} step {loop.state.step + 1} samples {batch.samples}")
-                    return forward(model, batch) * (factor if set(batch.samples) & set(samples) else 1.0)
-
-                loop.forward = spoilt
-                loop.run()
-                print(f"{name} is done")
-        except MegaGPTError as error:
-            print(f"{name} ends with {error.exit_code}: {error}")
 
 
 def flip_a_bit(path: Path) -> None:
@@ -124,19 +95,18 @@ def tensors(folder: Path) -> dict:
 
     from megagpt.train.safe import allow_checkpoint_classes
 
-    found = {}
-
-    def walk(prefix, value):
-        if torch.is_tensor(value):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                walk(f"{prefix}/{key}", part)
-        elif isinstance(value, list | tuple):
-            for i, part in enumerate(value):
-                walk(f"{prefix}/{i}", part)
-
     allow_checkpoint_classes()
+    found = {}
     for path in sorted(folder.glob("*.pt")):
-        walk(path.name, torch.load(path, weights_only=True))
+        found |= tensors_in(torch.load(path, weights_only=True), path.name)
     return found
+
+
+def tensors_in(value, place: str = "") -> dict:
+    """Every tensor in nested dictionaries and lists, by its place."""
+    import torch
+
+    if torch.is_tensor(value):
+        return {place: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: tensor for key, part in parts for name, tensor in tensors_in(part, f"{place}/{key}").items()}

@@ -6,25 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from checkpoint_common import stopped_after
 from corpora import tiny_corpus
 from distributed import run_ranks
-
-from megagpt.train import manifest
+from several_runs import let_fp16_through
 
 STAGES = [0, 1, 2, 3]
-
-
-def let_fp16_through():
-    """From here on this process trains in fp16 on a CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    from megagpt.config import deepspeed as ds
-
-    accelerator = type(get_accelerator())
-    accelerator.is_fp16_supported = lambda self: True
-    supported = accelerator.supported_dtypes
-    accelerator.supported_dtypes = lambda self: [*supported(self), __import__("torch").float16]
-    ds.check_hardware = lambda *arguments: None
 
 
 def _train_in_fp16(argv):
@@ -92,12 +79,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_scale_included(tmp_path, st
 
     codes, output, whole = train(tmp_path, stage, "run", max_steps=12, **scale)
     assert codes == [0, 0], output
-    for folder in manifest.folders(tmp_path / "run" / "checkpoints"):
-        if manifest.step_of(folder) > 7:
-            for path in sorted(folder.rglob("*"), reverse=True):
-                path.unlink()
-            folder.rmdir()
-    codes, output, resumed = train(tmp_path, stage, "run", max_steps=12, **scale)
+    stopped_after(tmp_path / "run", tmp_path / "stopped", 7)
+    codes, output, resumed = train(tmp_path, stage, "stopped", max_steps=12, **scale)
     assert codes == [0, 0], output
     assert "step 7 of 12" in output
     assert curve(resumed) == curve(whole)

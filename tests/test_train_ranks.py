@@ -6,8 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoint_common import arguments, curve, several_runs
-from distributed import run_ranks, train
+from checkpoint_common import arguments, curve, stopped_after
+from distributed import train
+from several_runs import Case, launch
 
 from megagpt.errors import StorageError
 from megagpt.train import checkpoint, reshard
@@ -60,15 +61,14 @@ def test_two_ranks_then_four_compute_what_two_would_have(tmp_path):
     def case(name, stage):
         flags = {"dropout": 0, "keep_last": 9, "save_interval": 3, "kernels": "torch", "lr": 1e-2, "max_steps": 6}
         flags |= {"schedule": "warmup_constant", "global_batch_size": 8, "weight_decay": 0.1}
-        return [str(word) for word in arguments(tmp_path / name, stage=stage, **flags)], [], 1.0
+        return Case([str(word) for word in arguments(tmp_path / name, stage=stage, **flags)])
 
     stages = (1, 2, 3)
-    run_ranks(several_runs, 2, {f"whole{stage}": case(f"whole{stage}", stage) for stage in stages})
+    launch({f"whole{stage}": case(f"whole{stage}", stage) for stage in stages})
     for stage in stages:
-        shutil.copytree(tmp_path / f"whole{stage}", tmp_path / f"more{stage}")
-        shutil.rmtree(tmp_path / f"more{stage}" / "checkpoints" / "global_step6")
-    results = run_ranks(several_runs, 4, {f"more{stage}": case(f"more{stage}", stage) for stage in stages})
-    assert results[0][1].count("ranks: 2 then, 4 now; global_step3 is cut anew") == 3
+        stopped_after(tmp_path / f"whole{stage}", tmp_path / f"more{stage}", 3)
+    outputs = launch({f"more{stage}": case(f"more{stage}", stage) for stage in stages}, 4)
+    assert outputs[0].count("ranks: 2 then, 4 now; global_step3 is cut anew") == 3
     for stage in stages:
         whole, more = curve(tmp_path / f"whole{stage}"), curve(tmp_path / f"more{stage}")
         assert len(whole[0]["lr"]) == 2
@@ -80,8 +80,7 @@ def test_two_ranks_then_four_compute_what_two_would_have(tmp_path):
 
 def test_zero_1_goes_on_as_zero_2(tmp_path):
     run(tmp_path / "whole", 2, 6, 1, "fp32")
-    shutil.copytree(tmp_path / "whole", tmp_path / "changed")
-    shutil.rmtree(tmp_path / "changed" / "checkpoints" / "global_step6")
+    stopped_after(tmp_path / "whole", tmp_path / "changed", 3)
     output = run(tmp_path / "changed", 2, 6, 2, "fp32")
     assert "ZeRO stage: 1 then, 2 now" in output
     differences = [a - b for a, b in zip(losses(tmp_path / "changed"), losses(tmp_path / "whole"), strict=True)]

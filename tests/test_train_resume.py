@@ -1,16 +1,13 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_common import curve, tensors
+from checkpoint_common import curve, stopped_after, tensors
 from corpora import tiny_corpus
 from distributed import train
-
-from megagpt.train import manifest
 
 STEPS = 8
 
@@ -47,13 +44,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, stage, prec
     assert train(arguments(config, whole), ranks)[0] == [0] * ranks
     expected = curve(whole)
 
-    # A stop between two steps, whatever the cause, leaves the checkpoints up to it; 3 is also an evaluation step.
-    shutil.copytree(whole, stopped)
-    for folder in manifest.folders(stopped / "checkpoints"):
-        if manifest.step_of(folder) > 3:
-            for path in sorted(folder.rglob("*"), reverse=True):
-                path.unlink()
-            folder.rmdir()
+    stopped_after(whole, stopped, 3)  # which is also an evaluation step
     codes, output = train(arguments(config, stopped), ranks)
     assert codes == [0] * ranks, output
     assert "step 3 of 8" in output

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoint_common import arguments, curve, folder, several_runs, tensors
-from fork_server import Job
+from checkpoint_common import arguments, curve, folder, tensors
+from several_runs import Case, launch
 
 from megagpt.errors import CheckpointError
 from megagpt.model.config import GPTConfig
@@ -23,14 +23,7 @@ STAGES = {"zero0": (0, "fp32"), "zero1": (1, "bf16"), "zero2": (2, "fp32"), "zer
 def case(run_dir, *more, samples=(), factor=NAN, **changes):
     """A run of 8 steps of 4 samples that is saved after every third: ``samples`` are poisoned."""
     flags = {"max_steps": 8, "save_interval": 3, "lr": 1e-2, "on_nan": "rewind", **changes}
-    return [str(word) for word in arguments(run_dir, *more, **flags)], list(samples), factor
-
-
-def launch(cases) -> str:
-    with Job(several_runs, cases) as job:
-        codes, output = job.wait(timeout=280), job.output()
-    assert codes == [0, 0], output
-    return output
+    return Case([str(word) for word in arguments(run_dir, *more, **flags)], samples, factor)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def told(home) -> str:
     scale = {"enabled": True, "initial_scale_power": 24, "hysteresis": 2}
     batch = {"train_micro_batch_size_per_gpu": 2, "tensorboard": {}}
     fp16.write_text(json.dumps({"fp16": scale, "zero_optimization": {"stage": 2}, **batch}))
-    return launch(
+    outputs = launch(
         {
             # samples 16 to 19 are those of step 5, and rank 1 has the second half of a batch
             **{
@@ -62,6 +55,7 @@ def told(home) -> str:
             "fp16": case(home / "fp16", samples=[44], on_nan="stop", ds_config=fp16, max_steps=30, kernels="torch"),
         }
     )
+    return "".join(outputs)
 
 
 def steps_of(told: str, name: str) -> list[tuple[int, int]]:
@@ -104,7 +98,7 @@ def test_a_resumed_run_makes_the_same_choice_bit_for_bit(told, home, tmp_path):
         for step in (6, 8):
             shutil.rmtree(folder(tmp_path / name, step))
         cases[name] = case(tmp_path / name, stage=stage, precision=precision)
-    output = launch(cases)
+    output = "".join(launch(cases))
     for name in STAGES:
         assert steps_of(output, name) == [(4, 12), (5, 20), (6, 24), (7, 28), (8, 32)]
         assert curve(tmp_path / name) == curve(home / name)

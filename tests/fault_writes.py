@@ -1,0 +1,119 @@
+"""Saves whose k-th operation on the disk fails, for every k: what the fault matrix asks of the disk."""
+
+import errno
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoint_common import folder
+from failing_disk import DISK
+from several_runs import case, launch
+
+from megagpt import dist
+from megagpt.train import manifest
+
+ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
+# What is written depends on the stage of ZeRO; of more kinds of runs one of each stage is taken.
+ONE_OF_EACH = ("zero0_fp32", "zero1_bf16", "zero2_fp16", "zero3_bf16")
+
+
+def writes(home: Path, configs: list[str], most: int = 10**9) -> Iterator[str]:
+    """Saves on two ranks, of which the first ``most`` operations fail, one after the other; a line a case."""
+    flags = {"max_steps": 10**6, "schedule": "warmup_constant", "keep_last": 2}
+    configs = [config for config in configs if config in ONE_OF_EACH] or configs
+    each = functools.partial(fail_each, most=most)
+    told = launch({c: case(home / c, c, prepare=each, until=1, **flags) for c in configs})[0]
+    endless = {}
+    for config in configs:
+        assert f"{config} is done" in told, told[-3000:]
+        lines = re.findall(rf"^{config}: (rank \d operation .*)$", told, re.MULTILINE)
+        yield from (f"{config}: {line}" for line in lines)
+        failing = [map(int, re.findall(r"\d+", line)[:2]) for line in lines if "told" in line]
+        for i, error in enumerate(ERRORS):
+            rank, number = failing[i * (len(failing) - 1) // (len(ERRORS) - 1)]
+            name = f"{config}: rank {rank} operation {number} fails for ever with {error}"
+            prepare = functools.partial(fail_for_ever, rank, number, error)
+            endless[name] = error, case(home / name, config, prepare=prepare, **flags)
+    told = launch({name: how for name, (_, how) in endless.items()})
+    for name, (error, _) in endless.items():
+        for output in told:
+            end = next((line for line in output.splitlines() if line.startswith(f"{name} ends with 7: ")), "")
+            assert words(error) in end, f"{name}: {output[-3000:]}"
+        root = home / name / manifest.FOLDER
+        assert manifest.problem(folder(home / name, 1)) is None, f"{name}: the older checkpoint is not as it was"
+        assert not list(root.glob(".*")), f"{name}: {list(root.glob('.*'))} eat the space that is missing"
+        yield f"{name}: code 7 after the third save, the older checkpoint is good"
+
+
+def words(error: str) -> str:
+    return os.strerror(getattr(errno, error))
+
+
+# in the ranks ----------------------------------------------------------------------------------------------------
+
+
+def fail_each(name: str, loop, *, most: int) -> None:
+    """Train with a save at each step, in which one operation after the other of either rank fails.
+
+    First it fails with ENOSPC in a save and when that is tried again, then once with another error in the next save.
+    """
+    trial, errors = _Trial(loop), itertools.cycle(ERRORS[1:])
+    for victim in range(2):
+        for number in range(1, most + 1):
+            refused = trial.step(victim, number, "ENOSPC", times=2)
+            if not refused:
+                break
+            told = trial.check(refused, "ENOSPC")
+            once = next(errors)
+            tried_again = trial.check(trial.step(victim, number, once, times=1), once)
+            outcome = "told, the run goes on" if told == 2 else "done without"
+            outcome += f"; {once} once: {'tried again' if tried_again else 'done without'}"
+            print(f"{name}: rank {victim} operation {number} of a save, {refused[0]}: {outcome}")
+
+
+def fail_for_ever(victim: int, number: int, error: str, name: str, loop) -> None:
+    """A first checkpoint, and then every save of the rank ``victim`` fails from one of its operations on."""
+    DISK.insert(loop.root)
+    loop.advance()
+    DISK.refuse(number if int(os.environ["RANK"]) == victim else 0, error, times=None)
+
+
+class _Trial:
+    """Steps of a run, each with a save that fails in some way, and what is left then."""
+
+    def __init__(self, loop) -> None:
+        DISK.insert(loop.root)
+        self.loop, self.said = loop, []
+        say = loop.saver._say
+        loop.saver._say = lambda text: (self.said.append(text), say(text))
+        loop.advance()
+        self.good = loop.state.step  # of the newest complete checkpoint
+
+    def step(self, victim: int, number: int, error: str, times: int) -> list[str]:
+        """One step and its save; what was refused of it."""
+        self.said.clear()
+        DISK.refuse(number if int(os.environ["RANK"]) == victim else 0, error, times)
+        self.loop.advance()
+        return dist.gather_json(DISK.refused)[victim]
+
+    def check(self, refused: list[str], error: str) -> int:
+        """How often the save failed: twice is given up. Fails where what was said or is on disk is not as it should be.
+
+        What is part of the checkpoint cannot be done without. Two threads write its files: the same number is not
+        always the same operation.
+        """
+        step, root = self.loop.state.step, self.loop.root
+        what = f"step {step}, {error} at {refused}, said {self.said}"
+        needed = [operation for operation in refused if f".tmp-{manifest.tag_name(step)}" in operation]
+        failed = [line for line in self.said if f"checkpoint of step {step} failed" in line]
+        assert all(words(error) in line for line in failed), what
+        assert len(needed) <= len(failed) <= len(refused), what
+        self.good = self.good if len(failed) == 2 else step
+        if dist.is_main():
+            problem = manifest.problem(root / manifest.tag_name(self.good))
+            assert problem is None, f"{what}: global_step{self.good}: {problem}"
+            assert not list(root.glob(".*")), f"{what}: left over: {list(root.glob('.*'))}"
+        return len(failed)
