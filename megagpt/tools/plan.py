@@ -73,15 +73,7 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and not 1 <= value < math.inf:
                 raise ConfigError(f"--{name} {value:g} must be at least 1")
-        for name in (
-            "gpu_memory_gb",
-            "gpu_tflops",
-            "gpu_bandwidth_gbs",
-            "link_gbs",
-            "network_gbit",
-            "host_gbs",
-            "host_memory_gb",
-        ):
+        for name in (*_FIGURES, "host_memory_gb"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name} {value:g} must be above 0")
