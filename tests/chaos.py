@@ -188,7 +188,10 @@ def check_went_on(job: Job, complete: int, steps: int = STEPS) -> None:
 
 def compare(run_dir: Path, whole: Path, what: str, steps: int = STEPS) -> None:
     """Fail where a run has not ended as an undisturbed one."""
-    assert curve(run_dir) == curve(whole), what
+    ours, theirs = curve(run_dir), curve(whole)
+    differing = [f"{a} and not {b}" for a, b in zip(ours, theirs, strict=False) if a != b]
+    assert not differing, f"{what}: {differing[0]}"
+    assert len(ours) == len(theirs), f"{what}: the log has {len(ours)} lines and not {len(theirs)}"
     final = Path(manifest.FOLDER, manifest.tag_name(steps))
     ours, theirs = tensors(run_dir / final), tensors(whole / final)
     assert ours.keys() == theirs.keys(), what

@@ -166,10 +166,11 @@ def _refused(home: Path, configs: list[str], run) -> Iterator[str]:
             words = f"ZeRO stage {config[4]} in the checkpoint and {stage} now"
             ours[name] = run(name, f"zero{stage}{config[5:]}"), n, before, words
     for n in (1, 2):
-        told = launch({name: how for name, (how, ranks, *_) in ours.items() if ranks == n}, n)
-        for name, (_, ranks, before, words) in ours.items():
-            if ranks != n:
-                continue
+        those = {name: how for name, how in ours.items() if how[1] == n}
+        if not those:  # there is but one config
+            continue
+        told = launch({name: how for name, (how, *_) in those.items()}, n)
+        for name, (_, _, before, words) in those.items():
             for output in told:
                 line = next((line for line in output.splitlines() if line.startswith(f"{name} ends with 2: ")), "")
                 assert "cannot resume" in line and words in line, f"{name}: {output}"  # noqa: PT018

@@ -31,7 +31,7 @@ def writes(home: Path, configs: list[str], most: int = 10**9) -> Iterator[str]:
         assert f"{config} is done" in told, told[-3000:]
         lines = re.findall(rf"^{config}: (rank \d operation .*)$", told, re.MULTILINE)
         yield from (f"{config}: {line}" for line in lines)
-        failing = [map(int, re.findall(r"\d+", line)[:2]) for line in lines if "told" in line]
+        failing = [tuple(map(int, re.findall(r"\d+", line)[:2])) for line in lines if "told" in line]
         for i, error in enumerate(ERRORS):
             rank, number = failing[i * (len(failing) - 1) // (len(ERRORS) - 1)]
             name = f"{config}: rank {rank} operation {number} fails for ever with {error}"
@@ -42,6 +42,8 @@ def writes(home: Path, configs: list[str], most: int = 10**9) -> Iterator[str]:
         for output in told:
             end = next((line for line in output.splitlines() if line.startswith(f"{name} ends with 7: ")), "")
             assert words(error) in end, f"{name}: {output[-3000:]}"
+        given_up = [line for line in told[0].splitlines() if "failed, going on: " in line and str(home / name) in line]
+        assert len(given_up) == 2, f"{name}: {given_up}"
         root = home / name / manifest.FOLDER
         assert manifest.problem(folder(home / name, 1)) is None, f"{name}: the older checkpoint is not as it was"
         assert not list(root.glob(".*")), f"{name}: {list(root.glob('.*'))} eat the space that is missing"
