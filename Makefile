@@ -26,7 +26,7 @@ help:
 	@echo "make corruption N=20000   damage checkpoints 20,000 times and see that it is found"
 	@echo "make fuzz N=20000   20,000 random inputs to each reader of strangers' files: a right result or an error in a line"
 	@echo "make lint         check style"
-	@echo "make bench        measure data preparation, training, fine-tuning, checkpoints and generation on this CPU"
+	@echo "make bench        measure data preparation, training, fine-tuning, checkpoints, generation and serving on this CPU"
 	@echo "make gpu          test the kernels on this machine's GPU and measure them, in ten minutes; output in OUT"
 	@echo "make install      only create $(VENV)"
 	@echo "make lock         write requirements.lock anew from pyproject.toml"
@@ -100,6 +100,7 @@ bench: install
 	$(BIN)/python kernels/benchmarks/cpu_finetune.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_checkpoint.py --output build/bench
 	$(BIN)/python kernels/benchmarks/cpu_generate.py --output build/bench
+	$(BIN)/python kernels/benchmarks/cpu_serve.py --output build/bench
 
 # Uses PYTHON where that has a torch that sees the GPU, else the virtual environment.
 gpu:

@@ -15,6 +15,7 @@ SECTIONS = {
     "cpu_finetune": {"quick"},
     "cpu_checkpoint": {"save", "stall", "restart"},
     "cpu_generate": {f"{dtype}, batch {n}" for dtype in ("float32", "bfloat16") for n in (1, 8)},
+    "cpu_serve": {"one client", "several clients"},
 }
 
 
