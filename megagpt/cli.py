@@ -4,6 +4,8 @@ Nothing heavy is imported before a command is chosen, so ``megagpt --help`` and 
 """
 
 import importlib
+import os
+import signal
 import sys
 
 from megagpt import dist
@@ -56,7 +58,15 @@ def _run(args: list[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command[:80]!r}{nearest(command[:80], COMMANDS)}; see megagpt --help")
     module, function, _ = COMMANDS[command]
-    return getattr(importlib.import_module(module), function)(args[1:])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that does not know a character shows another
+    try:
+        code = getattr(importlib.import_module(module), function)(args[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # megagpt ... | head: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, in silence
+        return 128 + signal.SIGPIPE
+    return code
 
 
 def _help() -> str:

@@ -1,6 +1,7 @@
 """The megagpt command: quick answers, one line for a slip, every command really there."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,21 @@ def test_what_the_deepspeed_launcher_puts_before_a_command_is_no_command(capsys,
 def test_every_command_is_there(name):
     module, function, _ = COMMANDS[name]
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_traceback():
+    """megagpt generate ... | head showed one."""
+    argv = ["plan", "--model", "gpt1", "--gpu", "h100-80gb", "--tokens", "1e9", "--json"]
+    command = [sys.executable, "-c", f"import sys; from megagpt.cli import main; sys.exit(main({argv!r}))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141  # as of a program that the signal has ended
+
+
+def test_a_character_that_the_terminal_does_not_know_is_no_crash():
+    encoding = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    show = "import sys; from megagpt import cli; cli.COMMANDS['show'] = ('show', 'show', ''); sys.modules['show'] = cli"
+    code = f"{show}; cli.show = lambda argv: print('Stra\u00dfe'); sys.exit(cli.main(['show']))"
+    done = subprocess.run([sys.executable, "-c", code], env=encoding, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"Stra?e\n", b"")

@@ -47,7 +47,7 @@ def bad_input(tmp_path: Path, name: str) -> list[str]:
     ("name", "message"),
     {
         "missing": "no such file or folder",
-        "empty": "all of them empty",
+        "empty": "(the file is|all of them) empty",
         "blank": "no documents: the files hold nothing but white space",
         "all bad": r"no documents: 2 bad JSON; the first: .*in\.jsonl:1: bad JSON",
         "no key": "there is no key 'text', the keys are content: choose one with --json_key",

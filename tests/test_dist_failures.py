@@ -1,5 +1,6 @@
 """One message and the right exit code, whatever fails on however many ranks."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from distributed import free_port, rank_env, run_ranks
 
 from megagpt.dist import everywhere, run_main
 from megagpt.errors import ConfigError, DataError, MegaGPTError, StorageError
+
+
+def denied(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,8 @@ from megagpt.errors import ConfigError, DataError, MegaGPTError, StorageError
         ("NumericError", 6, "error: told\n"),
         ("StorageError", 7, "error: told\n"),
         ("KeyboardInterrupt", 130, ""),
+        # A folder of somebody else's was a traceback.
+        (lambda: denied("/a/b"), 7, "error: no permission for /a/b; ask who owns it, or name another place\n"),
     ],
 )
 def test_exit_codes(fn, code, shown, capsys):

@@ -282,6 +282,12 @@ BAD_FLAGS = {
     "no output": (["--prompts", "x.jsonl"], ConfigError, "go together"),
     "examples": (["--examples", "x.tsv"], ConfigError, "--preset translation or question"),
     "too long": (["--prompt", "x" * 17], ConfigError, "17 tokens and the model's context 16"),
+    "no Unicode": (["--prompt", "\udce9"], DataError, "no Unicode; write it in UTF-8"),  # a byte of the command line
+    "no file": (
+        ["--preset", "question", "--context", "none.txt"],
+        ConfigError,
+        "none.txt cannot be read: No such file",
+    ),
 }
 
 
@@ -297,10 +303,11 @@ def test_what_cannot_be_asked_is_told(run, case):
     [
         ("", "holds no prompts"),
         ('{"prompt": "a"}\n\nno JSON', "line 3 is not JSON"),
-        ('{"text": "a"}', "line 1 is no object"),
+        ('{"prompt": "a", "n": NaN}', "line 1 is not JSON: NaN"),  # which the answers' line would repeat
+        ('\ufeff{"text": "a"}', "line 1 is no object"),
         ('{"prompt": "a"}\n{"prompt": "this is longer than the context"}', "prompt 2 .* the model's context 16"),
     ],
-    ids=["empty", "no JSON", "no prompt", "too long"],
+    ids=["empty", "no JSON", "nan", "no prompt", "too long"],
 )
 def test_a_file_of_prompts_that_cannot_be_used_writes_nothing(run, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)

@@ -13,6 +13,8 @@ from test_evaluate_generate import byte_tokenizer
 from megagpt import dist
 from megagpt.data.main import prepare_main
 from megagpt.errors import ConfigError, DataError, NumericError
+from megagpt.evaluate import progress
+from megagpt.evaluate.main import generate_main
 from megagpt.evaluate.measure import EvaluateSettings, evaluate_main, ranks
 from megagpt.evaluate.scores import score
 from megagpt.evaluate.source import open_source
@@ -103,6 +105,20 @@ def test_a_figure_too_large_for_a_number_is_null_in_json_and_not_what_json_does_
     found = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["data"]["long.txt"]
     assert found["word_ppl"] is None
     assert found["ppl"] > 1
+
+
+def test_a_long_computation_tells_how_far_it_is_and_a_short_one_nothing(run, tmp_path, capsys, monkeypatch):
+    flags = ["--from", run, "--data", run.with_name("text.txt"), "--batch_size", 2]
+    assert evaluate_main([*map(str, flags)]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    assert evaluate_main([*map(str, flags)]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["text.txt: 0 of 8 windows", "text.txt: 2 of 8 windows"]
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' * 3)
+    flags = ["--from", run, "--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max_tokens", 2]
+    assert generate_main([*map(str, flags)]) == 0
+    assert f"{tmp_path / 'out.jsonl'}: 1 of 3 answers" in capsys.readouterr().err
 
 
 def test_a_model_of_broken_numbers_has_no_perplexity(run, tmp_path):
@@ -262,6 +278,22 @@ def test_what_cannot_be_measured_is_told(run, case):
     flags, error, message = BAD[case]
     with pytest.raises(error, match=message):
         evaluate_main(["--from", str(run), *flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", r"a\.txt cannot be measured as it is: .*the file is empty"),
+        ("a.csv", "words\nx\n", r"has no column 'text'.*give it to megagpt prepare"),
+    ],
+    ids=["empty", "a table"],
+)
+def test_a_text_that_cannot_be_read_names_no_flag_of_another_command(run, tmp_path, name, content, message):
+    """It said to choose one with --column, which evaluate does not have."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        evaluate_main(["--from", str(run), "--data", str(tmp_path / name)])
+    assert "--input" not in str(caught.value)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(run, tokenizer, tmp_path):

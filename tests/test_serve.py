@@ -13,7 +13,7 @@ from serve_common import CONTEXT, KEY, ask, post_head, serving_run, write_run
 
 from megagpt.errors import ConfigError
 from megagpt.serve import guard
-from megagpt.serve.main import open_to_others
+from megagpt.serve.main import ServeSettings, open_to_others
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,7 @@ def test_what_is_not_there_or_not_allowed_has_its_own_status(server):
     assert status({"model": "gpt-5"})[:2] == (404, "model_not_found")
     assert status(None, method="GET", path="/v1/models/gpt-5")[:2] == (404, "model_not_found")
     assert status(None, method="GET", path="/v1/embeddings")[0] == 404
+    assert "there are /v1/completions" in ask(server, {}, path="/v1/chat/completions")[1]["error"]["message"]
     found, _, headers = status(None, method="GET")
     assert (found, headers["Allow"]) == (405, "POST")
     assert status({"prompt": "x"}, Content_Type="text/plain")[0] == 415  # what any page may send without being asked
@@ -216,6 +217,12 @@ def test_the_key_comes_from_a_file_before_the_variable(tmp_path):
     assert guard.read_key(None, {guard.VARIABLE: KEY}) == guard.read_key(str(tmp_path / "key"), {guard.VARIABLE: "x"})
     with pytest.raises(ConfigError, match="No such file"):
         guard.read_key(str(tmp_path / "none"), {guard.VARIABLE: KEY})
+
+
+def test_a_port_that_is_none_is_refused():
+    """99999 was served at 34463, its last 16 bits."""
+    with pytest.raises(ConfigError, match="--port 99999 must be at most 65535"):
+        ServeSettings(from_="run", port=99999)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ def test_ranks_agree_where_one_does_not_see_the_newest_checkpoint_yet(tmp_path):
     assert answers == [("global_step2", ["skipped checkpoint global_step3: it has no manifest.json"])] * 2
 
 
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    for step in (30, 40):
+        make(tmp_path / "checkpoints", step)
+    with pytest.raises(CheckpointError, match=r"step35 does not exist; .* or one of global_step40, global_step30$"):
+        manifest.locate(tmp_path / "checkpoints" / "global_step35")
+
+
 @pytest.mark.parametrize("state", ["[]", '{"model": {}, "data": []}', "3", "{", '{"data": {}}'])
 def test_a_state_of_another_form_is_no_source_of_weights(tmp_path, state):
     (make(tmp_path, 3) / manifest.STATE).write_text(state)

@@ -284,6 +284,11 @@ BAD = {
     "its task": (["--from", "MODEL", "--references", "rase=5"], ConfigError, "unknown task 'rase'.*'race'"),
     "model": (["--from", "nowhere"], CheckpointError, "nowhere does not exist"),
     "trajectory": (["--trajectory", "nowhere"], CheckpointError, "nowhere does not exist"),
+    "one": (
+        ["--trajectory", "EMPTY/global_step5"],
+        CheckpointError,
+        "is one checkpoint; give the run folder",
+    ),
     "no folder": (["--from", "MODEL", "--task_data", "nowhere"], DataError, "nowhere is no folder"),
     "no files": (["--from", "MODEL", "--task_data", "EMPTY"], DataError, "has the files of none of cola"),
     "no task": (["--from", "MODEL", "--task_data", "EMPTY", "--tasks", "copa"], DataError, "task copa needs.* dev "),
@@ -293,7 +298,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_asked_is_told(case, models, tasks, tmp_path):
     flags, error, message = BAD[case]
-    flags = [{"MODEL": str(models[0]), "EMPTY": str(tmp_path)}.get(word, word) for word in flags]
+    flags = [word.replace("MODEL", str(models[0])).replace("EMPTY", str(tmp_path)) for word in flags]
+    (tmp_path / "global_step5").mkdir()
     flags += [] if "--task_data" in flags else ["--task_data", str(tasks)]
     with pytest.raises(error, match=message):
         zeroshot_main(flags)

@@ -167,4 +167,6 @@ def _library_errors(source: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
+        if "TextInputSequence" in str(error) or isinstance(error, UnicodeEncodeError):
+            raise DataError("the text holds bytes or half characters that are no Unicode; write it in UTF-8") from None
         raise DataError(f"{source}: the tokenizer failed: {error}") from None

@@ -13,7 +13,7 @@ from megagpt.dist import guard, memory
 from megagpt.dist.gather import gather_json
 from megagpt.dist.presence import Presence
 from megagpt.dist.world import is_main
-from megagpt.errors import MegaGPTError, Stopped
+from megagpt.errors import MegaGPTError, Stopped, StorageError
 from megagpt.secrets import hide
 
 Result = TypeVar("Result")
@@ -51,6 +51,11 @@ def _run(fn: Callable[[], int | None], env: Mapping[str, str], on_orphan: Callab
         except MegaGPTError as error:
             _show(error, env, presence)
             return error.exit_code
+        except PermissionError as error:  # of a file or folder of somebody else's, wherever it was met
+            refused = error.filename or error
+            denied = StorageError(f"no permission for {refused}; ask who owns it, or name another place")
+            _show(denied, env, presence)
+            return denied.exit_code
         except KeyboardInterrupt:
             return _INTERRUPTED
         except SystemExit as stop:  # --help has answered

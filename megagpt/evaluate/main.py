@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from megagpt.config.flags import parse_flags
 from megagpt.data.storage import check_writable, write_atomically
 from megagpt.errors import ConfigError, DataError
+from megagpt.evaluate.progress import Progress
 from megagpt.evaluate.prompts import PRESETS, Preset, first_sentences, read_pairs, read_prompts, read_text
 from megagpt.evaluate.source import Source, open_source
 
@@ -151,10 +152,14 @@ class _Writer:
                 texts += [self._text(row["prompt"], (number - 1) * n + i) for i in range(n)]
             except ConfigError as error:
                 raise DataError(f"prompt {number} of {self.settings.prompts}: {error}") from None
-        answers = {c.tokens: c for c, _ in self._answers(texts)}
+        answers, told = {}, Progress(self.settings.output, len(texts), "answers")
+        for completion, _ in self._answers(texts):
+            if completion.finished:
+                answers[completion.tokens] = completion
+                told(len(answers))
         lines = [json.dumps({**rows[i // n], **self._answer(answers[text])}) for i, text in enumerate(texts)]
         write_atomically(Path(self.settings.output), "".join(f"{line}\n" for line in lines).encode())
-        print(f"{len(lines):,} answers in {self.settings.output}")
+        print(f"{len(lines):,} answer{'s' * (len(lines) != 1)} in {self.settings.output}")
 
     def _text(self, prompt: str, answer: int) -> "Text":
         """The tokens of a prompt, to be continued. Raises ConfigError for one that is longer than the context."""

@@ -18,6 +18,7 @@ from megagpt.data.indexed import IndexedDataset, plain_prefix
 from megagpt.data.storage import check_writable, write_atomically
 from megagpt.data.windows import EvalWindows
 from megagpt.errors import ConfigError, DataError, NumericError
+from megagpt.evaluate.progress import Progress
 from megagpt.evaluate.source import Source, open_source
 
 ALIASES = {"run": "from"}
@@ -105,6 +106,7 @@ def _perplexities(model, opened: dict[str, IndexedDataset], settings: EvaluateSe
     found = {}
     for name, dataset in opened.items():
         windows = EvalWindows(dataset, model.config.seq_len, settings.stride)
+        n_windows = min(windows.n_windows, settings.max_windows or windows.n_windows)
         found[name] = evaluate(
             model,
             windows,
@@ -113,8 +115,8 @@ def _perplexities(model, opened: dict[str, IndexedDataset], settings: EvaluateSe
             world_size=world.world_size,
             max_windows=settings.max_windows,
             device=device,
+            progress=Progress(name, n_windows, "windows"),
         )
-        n_windows = min(windows.n_windows, settings.max_windows or windows.n_windows)
         if not math.isfinite(found[name]["loss"]):
             raise NumericError(f"the loss over {name} is not finite; the model's numbers are broken")
         found[name] |= {"tokens": dataset.n_tokens, "windows": n_windows, "stride": windows.stride}
@@ -149,13 +151,22 @@ def opened_set(path: str, source: Source) -> Iterator[IndexedDataset]:
 
 
 def prepared(path: str, source: Source, folder: Path) -> IndexedDataset:
-    """The corpus that ``megagpt prepare`` makes of ``path`` with the model's tokenizer, in ``folder``."""
+    """The corpus that ``megagpt prepare`` makes of ``path`` with the model's tokenizer, in ``folder``.
+
+    Raises DataError for what is no plain text or needs a flag to be read.
+    """
     from megagpt.data.prepare import PrepareSettings, prepare
 
     source.tokenizer.save(folder / "tokenizer.json")
     output = str(folder / "text")
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare(PrepareSettings(output=output, input=(path,), tokenizer=str(folder / "tokenizer.json"), workers=1))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(PrepareSettings(output=output, input=(path,), tokenizer=str(folder / "tokenizer.json"), workers=1))
+    except (ConfigError, DataError) as error:
+        raise DataError(
+            f"{path} cannot be measured as it is: {str(error).removeprefix('--input ')}; where that takes a flag, give "
+            "it to megagpt prepare, with the model's tokenizer, and measure the prefix that this makes"
+        ) from None
     return IndexedDataset(output)
 
 

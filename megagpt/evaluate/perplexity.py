@@ -24,6 +24,7 @@ def evaluate(
     world_size: int = 1,
     max_windows: int | None = None,
     device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda windows: None,
 ) -> dict[str, float]:
     """``{loss, ppl}`` in nats a token, with ``word_ppl`` and ``bits_per_byte`` where the corpus knows its counts.
 
@@ -32,6 +33,7 @@ def evaluate(
     targets)`` as numpy int64 (B, T), and ``dataset``. Every rank makes the same number of calls, as ZeRO-3 needs, and
     every window counts once: batch j is the same whatever the number of ranks, rank j % world_size computes it, and
     the sums are added in the order of j. ``max_windows`` limits the work to windows evenly spread over the set.
+    ``progress`` is told how many windows all ranks together have computed.
     """
     batches = _batches(eval_windows.n_windows, batch_size, max_windows)
     rounds = -(-len(batches) // world_size)
@@ -39,6 +41,7 @@ def evaluate(
     with torch.no_grad():
         for j in range(rank, rounds * world_size, world_size):
             dist.beat()
+            progress(j * batch_size)
             ids, targets = _padded(eval_windows, batches[j] if j < len(batches) else batches[0][:0], batch_size)
             loss = model_forward(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
             scored = int((targets != IGNORED).sum())

@@ -71,7 +71,7 @@ def read_prompts(path: str) -> list[dict]:
     rows = []
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
@@ -82,14 +82,20 @@ def read_prompts(path: str) -> list[dict]:
     return rows
 
 
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is no number of JSON's")
+
+
 def read_text(path: str | None) -> str:
     """The content of a file, or nothing without one. Raises ConfigError."""
     if path is None:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start:,})") from None
 
 
 def _lines(path: str | None) -> list[tuple[int, str]]:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens: what choosing between answers is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ def score(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    progress: Callable[[int], None] = lambda sequences: None,
 ) -> list[Scored]:
     """The score of every (ids, first): of ids[first:], with ``first`` at least 1, in nats.
 
@@ -38,6 +39,7 @@ def score(
     mine = []
     for j in range(rank, -(-len(batches) // world_size) * world_size, world_size):
         dist.beat()
+        progress(j * batch_size)
         chosen = batches[min(j, len(batches) - 1)]
         scores = _score_batch(model, [sequences[i] for i in chosen])
         if j < len(batches):

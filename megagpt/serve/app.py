@@ -238,7 +238,11 @@ async def _on_api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    said = {404: f"{request.url.path[:80]} does not exist", 405: f"{request.method} is not for {request.url.path[:80]}"}
+    path = request.url.path[:80]
+    said = {
+        404: f"{path} does not exist; there are /v1/completions, /v1/models and /health",
+        405: f"{request.method} is not for {path}",
+    }
     message = said.get(error.status_code, error.detail)
     return _refusal(ApiError(error.status_code, message, headers=error.headers))
 

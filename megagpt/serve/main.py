@@ -38,6 +38,8 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name} {value} must be at least {least}")
+        if self.port > 65535:  # of which getaddrinfo would make another one
+            raise ConfigError(f"--port {self.port} must be at most 65535; 0 takes a free one")
 
 
 def serve_main(argv: list[str] | None = None) -> int:

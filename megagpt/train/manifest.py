@@ -80,9 +80,10 @@ def nothing_there(path: Path) -> CheckpointError:
     if step_of(path) is None:
         refuse_pickles(path)
     fault = "holds no checkpoint" if path.exists() else "does not exist"
-    return CheckpointError(
-        f"{path} {fault}; give a run folder, a {FOLDER}/global_step* folder in one, or a .safetensors file"
-    )
+    named = step_of(path) is not None and not path.exists()
+    beside = ", ".join(folder.name for folder in folders(path.parent)[:9]) if named else ""
+    wanted = f"one of {beside}" if beside else f"a {FOLDER}/global_step* folder in one, or a .safetensors file"
+    return CheckpointError(f"{path} {fault}; give a run folder, {'or ' * bool(beside)}{wanted}")
 
 
 class Source(NamedTuple):

@@ -10,6 +10,7 @@ from megagpt.config.flags import parse_flags
 from megagpt.data.storage import check_writable
 from megagpt.errors import CheckpointError, ConfigError
 from megagpt.evaluate.measure import ranks, say_checkpoint, table, write_figures
+from megagpt.evaluate.progress import Progress
 from megagpt.evaluate.source import Source, open_source
 from megagpt.train import manifest
 from megagpt.zeroshot.results import HEADER, measure, parse_references, table_row
@@ -103,6 +104,8 @@ def kept_checkpoints(run: Path) -> tuple[list[str], list[str]]:
 
     Where one is gone and its weights were kept, they are taken.
     """
+    if manifest.step_of(run) is not None and run.exists():
+        raise CheckpointError(f"--trajectory {run} is one checkpoint; give the run folder, or this one to --from")
     found, notes = {}, []
     for folder in manifest.folders(manifest.root_of(run)):
         reason = manifest.problem(folder)
@@ -169,7 +172,11 @@ def _log_probs(settings: ZeroshotSettings, source: Source, read: _Read, world, d
     """Of every task, with the model in memory for as long as it takes."""
     model = dist.everywhere(lambda: source.build(device, settings.dtype))
     place = {"rank": world.rank, "world_size": world.world_size}
-    return [token_log_probs(model, found, batch_size=settings.batch_size, **place) for found in read.by(source)]
+    found = []
+    for task, sequences in zip(read.asked, read.by(source), strict=True):
+        told = Progress(f"{source.path}, {task.name}", len(sequences), "texts")
+        found.append(token_log_probs(model, sequences, batch_size=settings.batch_size, **place, progress=told))
+    return found
 
 
 def _measured(settings: ZeroshotSettings, asked: list[Asked], models: list[list[LogProbs]], same: bool) -> dict:

@@ -1,14 +1,22 @@
 """Scores of options: log-probabilities of their tokens, of one model or of several together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megagpt.zeroshot.tasks import Asked, Sequences
 
 LogProbs = list[list[float]]  # of every option its scored tokens', in nats
 
 
-def token_log_probs(model, sequences: Sequences, *, batch_size: int, rank: int = 0, world_size: int = 1) -> LogProbs:
+def token_log_probs(
+    model,
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] = lambda sequences: None,
+) -> LogProbs:
     """log P of each scored token given all before it, the same on every rank and for any number of ranks.
 
     ``model`` is a ``GPT`` in evaluation mode. Sequences of about the same length share a forward pass.
@@ -17,7 +25,8 @@ def token_log_probs(model, sequences: Sequences, *, batch_size: int, rank: int =
 
     asked = [i for i, (ids, first) in enumerate(sequences) if first < len(ids)]  # a single first token is not scored
     found: LogProbs = [[] for _ in sequences]
-    scored = score(model, [sequences[i] for i in asked], batch_size=batch_size, rank=rank, world_size=world_size)
+    place = {"rank": rank, "world_size": world_size}
+    scored = score(model, [sequences[i] for i in asked], batch_size=batch_size, **place, progress=progress)
     for i, s in zip(asked, scored, strict=True):
         found[i] = s.log_probs
     return found
