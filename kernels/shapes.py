@@ -71,5 +71,5 @@ HEADS = (
 
 # For machines without a GPU.
 SMALL_ATTENTION = (Attention("tiny", 2, 4, 64, 32), Attention("small", 2, 4, 256, 64))
-SMALL_ROWS = (Rows("tiny", 32, 128), Rows("small", 4096, 768))
+SMALL_ROWS = (Rows("tiny", 8, 128), Rows("small", 4096, 768))
 SMALL_HEADS = (Head("tiny", 32, 64, 501), Head("small", 1024, 256, 8192))

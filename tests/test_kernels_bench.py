@@ -308,10 +308,21 @@ def test_shards_share_the_tests_out(n):
 
     tests, seen, left = list("abcdefgh"), [], []
     for i in range(n):
-        items = list(tests)
+        items = [SimpleNamespace(path=Path(name)) for name in tests]
         hook = SimpleNamespace(pytest_deselected=lambda items: left.extend(items))
         option = SimpleNamespace(shard=f"{i}/{n}")
         conftest.pytest_collection_modifyitems(SimpleNamespace(option=option, hook=hook), items)
-        seen += items
+        seen += [item.path.name for item in items]
     assert sorted(seen) == tests
     assert len(left) == (n - 1) * len(tests)
+
+
+def test_long_files_are_tested_first():
+    import conftest
+
+    items = [
+        SimpleNamespace(path=Path(name)) for name in ("test_a.py", conftest.LONG[1], "test_b.py", conftest.LONG[0])
+    ]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(shard=None)), items)
+    assert [item.path.name for item in items] == [*conftest.LONG[:2], "test_a.py", "test_b.py"]
+    assert all((Path(__file__).parent / name).exists() for name in conftest.LONG)
