@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 
 from megagpt import dist
 
@@ -9,16 +10,19 @@ _EVERY = 10.0  # seconds
 
 
 class Progress:
-    """Called with how many of ``total`` are done, rank 0 tells it on stderr, every ten seconds at most.
+    """Called with how many of ``total`` are done, rank 0 tells it with the time to the end, on stderr.
 
-    What is done sooner says nothing.
+    Every ten seconds at most; what is done sooner says nothing.
     """
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._told = time.monotonic()
+        self._begun = self._told = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if dist.is_main() and done < self._total and time.monotonic() - self._told >= _EVERY:
-            self._told = time.monotonic()
-            print(f"{self._what}: {done:,} of {self._total:,} {self._unit}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if dist.is_main() and 0 < done < self._total and now - self._told >= _EVERY:
+            self._told = now
+            eta = timedelta(seconds=round((now - self._begun) / done * (self._total - done)))
+            line = f"{self._what}: {done:,} of {self._total:,} {self._unit} | eta: {eta}"
+            print(line, file=sys.stderr, flush=True)
