@@ -183,13 +183,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, run):
         generate_main(["--from", str(run), "--tokenizer", str(path), "--prompt", "x"])
 
 
-def test_weights_of_another_shape_are_one_clear_error(tmp_path, run):
+def test_weights_of_another_shape_are_one_clear_error(tmp_path, run, capsys):
+    """Before anything of the answer: the error stood behind the prompt, in the same line."""
     config = GPTConfig(vocab_size=257, seq_len=16, n_layer=1, n_head=2, d_model=16)
     weights = tmp_path / "model.safetensors"
     save_file({"wte.weight": torch.zeros(257, 16)}, weights, metadata={"config": json.dumps(config.to_dict())})
     (tmp_path / "tokenizer.json").symlink_to(run.with_name("tokenizer.json"))
     with pytest.raises(CheckpointError, match="does not hold the weights"):
         generate_main(["--from", str(weights), "--prompt", "x"])
+    assert capsys.readouterr().out == ""
 
 
 # -- files of prompts, presets, prompts one after the other

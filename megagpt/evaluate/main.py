@@ -119,13 +119,14 @@ class _Writer:
         """Print prompt and answers, token by token where there is one answer and all of it is kept."""
         texts = [self._text(prompt, i) for i in range(self.settings.num_samples)]
         begin = "" if self.settings.preset else prompt
+        answers = self._answers(texts)  # which reads the weights: what is wrong with them does not follow the prompt
         if len(texts) == 1 and self.preset.sentences is None:
             print(begin, end="", flush=True)
-            for _, piece in self._answers(texts):
+            for _, piece in answers:
                 print(piece, end="", flush=True)
             print(flush=True)
             return
-        completions = {completion.tokens: completion for completion, _ in self._answers(texts)}
+        completions = {completion.tokens: completion for completion, _ in answers}
         for text in texts:
             print(begin + self._kept(completions[text]), flush=True)
 
