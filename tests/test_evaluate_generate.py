@@ -238,13 +238,14 @@ def test_a_stop_string_ends_the_text(run, capsys):
 
 
 def test_prompts_are_answered_one_after_the_other(run, capsys, monkeypatch):
-    """One that is too long is told and the next is asked for."""
-    lines = iter(["It was", "this is longer than the context", "A", ""])
+    """One that is too long, or typed in another encoding, is told and the next is asked for."""
+    lines = iter(["It was", "this is longer than the context", "caf\udce9", "A", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert generate_main(["--from", str(run), "--interactive", "--max_tokens", "3"]) == 0
     found = capsys.readouterr()
     assert found.out.startswith("It was")
     assert "31 tokens and the model's context 16" in found.err
+    assert "no Unicode" in found.err
     assert "\nA" in found.out
 
 

@@ -17,7 +17,7 @@ from megagpt.errors import ConfigError
 from megagpt.evaluate.measure import evaluate_main
 from megagpt.train.intervals import due_doubling
 from megagpt.train.plan import make_plan
-from megagpt.zeroshot.main import zeroshot_main
+from megagpt.zeroshot.main import kept_checkpoints, zeroshot_main
 
 SHORT = ("cola/train.tsv", "cola/dev.tsv", "sst2/dev.tsv")
 
@@ -82,6 +82,11 @@ def test_a_run_under_zero_3_logs_what_its_checkpoints_answer_afterwards(folder, 
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["from"], found["checkpoint"], found["step"]) == (str(run), "global_step5", 5)
     assert capsys.readouterr().out.count(f"{run}: global_step5\n") == 2
+    (run / "checkpoints" / "global_step5" / "manifest.json").unlink()
+    found, notes = kept_checkpoints(run)
+    assert found[-1] == str(run / "weights" / "global_step5")
+    told = "skipped checkpoint global_step5: it has no manifest.json; the weights that were kept of it are asked"
+    assert notes == [told]
 
 
 def test_asking_changes_nothing_about_the_training(folder, tmp_path):

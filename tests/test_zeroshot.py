@@ -18,7 +18,7 @@ from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT
 from megagpt.ops import load_ops
 from megagpt.zeroshot.heuristics import HEURISTICS, Question
-from megagpt.zeroshot.main import zeroshot_main
+from megagpt.zeroshot.main import _names, zeroshot_main
 from megagpt.zeroshot.results import measure
 from megagpt.zeroshot.scoring import option_scores, token_log_probs
 from megagpt.zeroshot.tasks import Asked, encode, load_tasks
@@ -272,6 +272,12 @@ def test_two_ranks_answer_as_one_and_an_ensemble_stands_beside_its_models(models
     assert printed in results[0][1]
     assert "winograd" not in results[1][1]
     assert list(json.loads((tmp_path / "one.json").read_text())["models"]) == [*map(str, models), "ensemble"]
+
+
+def test_models_that_are_called_alike_have_names_of_their_own():
+    """The figures of a model in a folder ``ensemble`` were lost to those of all together."""
+    assert _names(["a", "b"]) == ["a", "b"]
+    assert _names(["a", "ensemble", "a"]) == ["a (1)", "ensemble (2)", "a (3)"]
 
 
 BAD = {

@@ -141,7 +141,7 @@ class _Writer:
                 return
             try:
                 self.show(prompt)
-            except ConfigError as error:
+            except (ConfigError, DataError) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
     def to_file(self, rows: list[dict]) -> None:

@@ -106,15 +106,15 @@ def kept_checkpoints(run: Path) -> tuple[list[str], list[str]]:
     """
     if manifest.step_of(run) is not None and run.exists():
         raise CheckpointError(f"--trajectory {run} is one checkpoint; give the run folder, or this one to --from")
-    found, notes = {}, []
+    kept = {manifest.step_of(folder): str(folder) for folder in manifest.folders(run / manifest.KEPT_WEIGHTS)}
+    found, notes = dict(kept), []
     for folder in manifest.folders(manifest.root_of(run)):
-        reason = manifest.problem(folder)
+        reason, step = manifest.problem(folder), manifest.step_of(folder)
         if reason is None:
-            found[manifest.step_of(folder)] = str(folder)
+            found[step] = str(folder)
         else:
-            notes.insert(0, f"skipped checkpoint {folder.name}: {reason}")
-    for folder in manifest.folders(run / manifest.KEPT_WEIGHTS):
-        found.setdefault(manifest.step_of(folder), str(folder))
+            instead = "; the weights that were kept of it are asked" if step in kept else ""
+            notes.insert(0, f"skipped checkpoint {folder.name}: {reason}{instead}")
     if not found:
         raise CheckpointError(f"{notes[0]}, and there is no other") if notes else manifest.nothing_there(run)
     return [found[step] for step in sorted(found)], notes
@@ -190,8 +190,9 @@ def _measured(settings: ZeroshotSettings, asked: list[Asked], models: list[list[
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Of models: their paths, with a number where one is named twice."""
-    return [path if paths.count(path) == 1 else f"{path} ({i + 1})" for i, path in enumerate(paths)]
+    """Of models: their paths, with a number where one is named twice, or as all together are."""
+    plain = [paths.count(path) == 1 and path != ENSEMBLE for path in paths]
+    return [path if plain[i] else f"{path} ({i + 1})" for i, path in enumerate(paths)]
 
 
 def _say(text: str) -> None:
