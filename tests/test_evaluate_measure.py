@@ -222,6 +222,14 @@ def test_two_ranks_measure_what_one_does_to_the_last_digit(run, tmp_path, tasks)
     assert "text.txt" not in results[1][1]
 
 
+def test_tasks_whose_data_are_not_there_are_told_without_a_traceback(run, tmp_path, tasks):
+    if not tasks:
+        pytest.skip("lm-evaluation-harness is not installed: pip install 'megagpt[eval]'")
+    (tmp_path / "questions.json").unlink()
+    with pytest.raises(DataError, match=r"--tasks local_choice cannot be loaded \(\w+: .*; their data are downloaded"):
+        evaluate_main(["--from", str(run), "--tasks", tasks[0]])
+
+
 def test_tasks_of_the_harness_get_the_scores_that_are_worked_out_by_hand(run, model, tmp_path, tasks):
     if not tasks:
         pytest.skip("lm-evaluation-harness is not installed: pip install 'megagpt[eval]'")

@@ -4,11 +4,12 @@ import contextlib
 import logging
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 from megagpt import dist
 from megagpt.dist import gather_json
-from megagpt.errors import ConfigError, nearest
+from megagpt.errors import ConfigError, DataError, nearest
 
 _LIMIT = 256  # tokens of an answer where a task does not say
 
@@ -34,6 +35,7 @@ def evaluate_tasks(model, tokenizer, settings, world: dist.World) -> dict:
     folders = sorted({str(file.parent) for file in files})
     # To find the harness's own thousands of tasks takes seconds.
     manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(settings.tasks))
+    manager.load = partial(_loaded, manager.load)
     found = lm_eval.simple_evaluate(
         model=make_model(model, tokenizer, settings.batch_size, world),
         tasks=[_task(name, manager) for name in settings.tasks],
@@ -52,6 +54,18 @@ def evaluate_tasks(model, tokenizer, settings, world: dist.World) -> dict:
         rows = [[task, name, f"{value:.4f}"] for task, values in results.items() for name, value in values.items()]
         print(table(["task", "measure", "value"], rows), flush=True)
     return results
+
+
+def _loaded(load, tasks, *args, **kwargs):
+    """What the harness's ``load`` gives. Raises DataError: most often, the data are not there and no network is."""
+    try:
+        return load(tasks, *args, **kwargs)
+    except Exception as error:  # of datasets, the hub, HTTP, YAML, or whatever code a task brings
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise DataError(
+            f"--tasks {' '.join(map(str, tasks))} cannot be loaded ({type(error).__name__}: {reason}); their data are "
+            "downloaded when they are first asked for: do so once where there is a network, with the same HF_HOME"
+        ) from error
 
 
 def _task(name: str, manager) -> str:
