@@ -1,14 +1,15 @@
 """Faults of four kinds in every way of keeping weights and states: ZeRO 0 to 3 in fp32, bf16 and fp16.
 
-    python tests/fault_matrix.py [--only resume|ranks|writes|numbers] [--config zero2_bf16]
+    python tests/fault_matrix.py [--only ranks] [--config zero2_bf16]
 
 ``resume``: a run that is stopped and goes on is the one that was not, bit for bit. ``ranks``: on another number of
-ranks it has the same samples and nearly the same losses. ``writes``: any operation of a save is refused by the disk.
-``numbers``: losses and gradients that are not finite. ``make fault-matrix`` does all of it, a line a case, and ends at
-the first defect.
+ranks it has the same samples and nearly the same losses. ``writes``, ``background``: the disk refuses any operation of
+a save. ``numbers``: losses and gradients that are not finite. ``make fault-matrix`` does all of it, a line a case, and
+ends at the first defect.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -178,7 +179,13 @@ def _refused(home: Path, configs: list[str], run) -> Iterator[str]:
             yield f"{name}: refused in words"
 
 
-SECTIONS = {"resume": resume, "ranks": ranks, "writes": writes, "numbers": numbers}
+SECTIONS = {
+    "resume": resume,
+    "ranks": ranks,
+    "writes": writes,
+    "background": functools.partial(writes, background=True),
+    "numbers": numbers,
+}
 
 
 def main() -> None:

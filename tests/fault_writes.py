@@ -16,16 +16,18 @@ from megagpt import dist
 from megagpt.train import manifest
 
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
-# What is written depends on the stage of ZeRO; of more kinds of runs one of each stage is taken.
-ONE_OF_EACH = ("zero0_fp32", "zero1_bf16", "zero2_fp16", "zero3_bf16")
+# What is written depends on the stage of ZeRO: of all kinds of runs one of each stage is taken, or fewer.
+AT_ONCE, IN_BACKGROUND = ("zero0_fp32", "zero1_bf16", "zero2_fp16", "zero3_bf16"), ("zero2_fp16", "zero3_bf16")
 
 
-def writes(home: Path, configs: list[str], most: int = 10**9) -> Iterator[str]:
+def writes(home: Path, configs: list[str], most: int = 10**9, background: bool = False) -> Iterator[str]:
     """Saves on two ranks, of which the first ``most`` operations fail, one after the other; a line a case."""
+    more = ["--async_save"] if background else []
     flags = {"max_steps": 10**6, "schedule": "warmup_constant", "keep_last": 2}
-    configs = [config for config in configs if config in ONE_OF_EACH] or configs
-    each = functools.partial(fail_each, most=most)
-    told = launch({c: case(home / c, c, prepare=each, until=1, **flags) for c in configs})[0]
+    taken = IN_BACKGROUND if background else AT_ONCE
+    configs = [config for config in configs if config in taken] or configs
+    each = functools.partial(fail_each, most=most, background=background)
+    told = launch({c: case(home / c, c, *more, prepare=each, until=1, **flags) for c in configs})[0]
     endless = {}
     for config in configs:
         assert f"{config} is done" in told, told[-3000:]
@@ -36,7 +38,7 @@ def writes(home: Path, configs: list[str], most: int = 10**9) -> Iterator[str]:
             rank, number = failing[i * (len(failing) - 1) // (len(ERRORS) - 1)]
             name = f"{config}: rank {rank} operation {number} fails for ever with {error}"
             prepare = functools.partial(fail_for_ever, rank, number, error)
-            endless[name] = error, case(home / name, config, prepare=prepare, **flags)
+            endless[name] = error, case(home / name, config, *more, prepare=prepare, **flags)
     told = launch({name: how for name, (_, how) in endless.items()})
     for name, (error, _) in endless.items():
         for output in told:
@@ -57,22 +59,27 @@ def words(error: str) -> str:
 # in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def fail_each(name: str, loop, *, most: int) -> None:
+def fail_each(name: str, loop, *, most: int, background: bool) -> None:
     """Train with a save at each step, in which one operation after the other of either rank fails.
 
     First it fails with ENOSPC in a save and when that is tried again, then once with another error in the next save.
+    In the ``background`` a save is tried once: it fails, and the next one is well.
     """
-    trial, errors = _Trial(loop), itertools.cycle(ERRORS[1:])
+    trial, errors = _Trial(loop), itertools.cycle(ERRORS if background else ERRORS[1:])
     for victim in range(2):
         for number in range(1, most + 1):
-            refused = trial.step(victim, number, "ENOSPC", times=2)
+            error = next(errors) if background else "ENOSPC"
+            refused = trial.step(victim, number, error, times=1 if background else 2)
             if not refused:
                 break
-            told = trial.check(refused, "ENOSPC")
-            once = next(errors)
-            tried_again = trial.check(trial.step(victim, number, once, times=1), once)
-            outcome = "told, the run goes on" if told == 2 else "done without"
-            outcome += f"; {once} once: {'tried again' if tried_again else 'done without'}"
+            given_up = trial.check(refused, error)
+            outcome = "told, the run goes on" if given_up else "done without"
+            if background:
+                trial.check(trial.step(victim, 0, error, times=0), error)
+            else:
+                once = next(errors)
+                trial.check(trial.step(victim, number, once, times=1), once)
+                outcome += f"; {once} once: {'tried again' if trial.failed else 'done without'}"
             print(f"{name}: rank {victim} operation {number} of a save, {refused[0]}: {outcome}")
 
 
@@ -80,6 +87,7 @@ def fail_for_ever(victim: int, number: int, error: str, name: str, loop) -> None
     """A first checkpoint, and then every save of the rank ``victim`` fails from one of its operations on."""
     DISK.insert(loop.root)
     loop.advance()
+    loop.saver.settle()
     DISK.refuse(number if int(os.environ["RANK"]) == victim else 0, error, times=None)
 
 
@@ -88,7 +96,7 @@ class _Trial:
 
     def __init__(self, loop) -> None:
         DISK.insert(loop.root)
-        self.loop, self.said = loop, []
+        self.loop, self.said, self.failed = loop, [], []
         say = loop.saver._say
         loop.saver._say = lambda text: (self.said.append(text), say(text))
         loop.advance()
@@ -99,10 +107,11 @@ class _Trial:
         self.said.clear()
         DISK.refuse(number if int(os.environ["RANK"]) == victim else 0, error, times)
         self.loop.advance()
+        self.loop.saver.settle()
         return dist.gather_json(DISK.refused)[victim]
 
-    def check(self, refused: list[str], error: str) -> int:
-        """How often the save failed: twice is given up. Fails where what was said or is on disk is not as it should be.
+    def check(self, refused: list[str], error: str) -> bool:
+        """Whether the save was given up. Fails where what was said or what is on disk is not as it should be.
 
         What is part of the checkpoint cannot be done without. Two threads write its files: the same number is not
         always the same operation.
@@ -110,12 +119,13 @@ class _Trial:
         step, root = self.loop.state.step, self.loop.root
         what = f"step {step}, {error} at {refused}, said {self.said}"
         needed = [operation for operation in refused if f".tmp-{manifest.tag_name(step)}" in operation]
-        failed = [line for line in self.said if f"checkpoint of step {step} failed" in line]
-        assert all(words(error) in line for line in failed), what
-        assert len(needed) <= len(failed) <= len(refused), what
-        self.good = self.good if len(failed) == 2 else step
+        self.failed = [line for line in self.said if f"checkpoint of step {step} failed" in line]
+        assert all(words(error) in line for line in self.failed), what
+        assert len(needed) <= len(self.failed) <= len(refused), what
+        given_up = any("failed, going on: " in line for line in self.failed)
+        self.good = self.good if given_up else step
         if dist.is_main():
             problem = manifest.problem(root / manifest.tag_name(self.good))
             assert problem is None, f"{what}: global_step{self.good}: {problem}"
             assert not list(root.glob(".*")), f"{what}: left over: {list(root.glob('.*'))}"
-        return len(failed)
+        return given_up

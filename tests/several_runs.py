@@ -22,11 +22,11 @@ class Case(NamedTuple):
     prepare: Callable | None = None  # called with the run's name and its loop before the first step
 
 
-def case(run_dir: Path, config: str, *, fp16=None, samples=(), factor=math.nan, until=None, prepare=None, **flags):
+def case(run_dir: Path, config: str, *more, fp16=None, samples=(), factor=math.nan, until=None, prepare=None, **flags):
     """A :class:`Case` in ``run_dir`` of a kind in CONFIGS, with ``flags`` by name; ``fp16`` counts where it is fp16."""
     stage, precision = CONFIGS[config]
     scale = fp16 if precision == "fp16" else None
-    words = arguments(run_dir, stage=stage, precision=precision, fp16=scale, **{"kernels": "torch", **flags})
+    words = arguments(run_dir, *more, stage=stage, precision=precision, fp16=scale, **{"kernels": "torch", **flags})
     return Case([str(word) for word in words], samples, factor, until, prepare)
 
 
@@ -100,7 +100,9 @@ def launch(cases: dict[str, tuple], ranks: int = 2, fn: Callable = several_runs,
     """The output of each rank of a job with :func:`several_runs`, or an ``fn`` that calls it. Fails where one does."""
     with Job(fn, cases, ranks=ranks) as job:
         codes, told = job.wait(timeout), [job.output(rank) for rank in range(ranks)]
-        assert codes == [0] * ranks, "\n".join(f"--- rank {rank}\n{told[rank][-5000:]}" for rank in range(ranks))
+        found = [line for output in told for line in output.splitlines() if line.startswith("AssertionError: ")]
+        ends = [f"--- rank {rank}\n{told[rank][-5000:]}" for rank in range(ranks)]
+        assert codes == [0] * ranks, "\n".join(found or ends)
         return told
 
 
