@@ -39,8 +39,10 @@ def test_a_run_that_is_preempted_and_cancelled_ends_as_if_nothing_had_happened(c
     words = arguments(folder, run_dir)
     job = submit(cluster, folder, "pretrain.sbatch", *words)
     reach(cluster, job, run_dir, 25)
-    cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does before the time limit
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={folder}/urgent.out", "--wrap", "true")
+    first = cluster.sbatch(*urgent, cwd=folder)  # the job that runs gets USR1, as before its time limit
     restart(cluster, job, 1)
+    assert cluster.wait(first) == "COMPLETED"
     reach(cluster, job, run_dir, 55)
     saved = last_step(run_dir)
     cluster.ask("scancel", job)
