@@ -197,6 +197,9 @@ def test_a_place_with_nothing_to_read_and_one_that_is_taken(tmp_path):
         import_main(["--from", str(tmp_path / "w.pt"), "--to", str(tmp_path / "ours")])
     with pytest.raises(ConfigError, match="exists already"):
         import_main(["--from", str(tmp_path), "--to", str(tmp_path)])
+    (tmp_path / "run" / "checkpoints" / "global_step5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="run is a model of MegaGPT's already"):
+        import_main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "new")])
 
 
 def openai_files(folder, source):

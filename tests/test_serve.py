@@ -13,7 +13,7 @@ from serve_common import CONTEXT, KEY, ask, post_head, serving_run, write_run
 
 from megagpt.errors import ConfigError
 from megagpt.serve import guard
-from megagpt.serve.main import ServeSettings, open_to_others
+from megagpt.serve.main import ServeSettings, model_name, open_to_others
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,12 @@ def test_the_key_comes_from_a_file_before_the_variable(tmp_path):
     assert guard.read_key(None, {guard.VARIABLE: KEY}) == guard.read_key(str(tmp_path / "key"), {guard.VARIABLE: "x"})
     with pytest.raises(ConfigError, match="No such file"):
         guard.read_key(str(tmp_path / "none"), {guard.VARIABLE: KEY})
+
+
+def test_a_model_is_called_as_its_folder_whatever_of_it_is_named(run, monkeypatch):
+    """A file gave them all the name model.safetensors."""
+    monkeypatch.chdir(run)
+    assert {model_name(name) for name in (".", str(run), "model.safetensors")} == {run.name}
 
 
 def test_a_port_that_is_none_is_refused():

@@ -66,12 +66,15 @@ def _read(path: Path, n_head: int) -> tuple["GPTConfig", "Tensors"]:
     from megagpt.export.openai_files import SHAPES, is_openai_folder, read_openai_folder
     from megagpt.model.hf_folder import CONFIG, is_hf_folder, read_hf_folder
     from megagpt.model.tensors import refuse_pickles
+    from megagpt.train import manifest
 
     if is_hf_folder(path):
         return read_hf_folder(path)
     if is_openai_folder(path):
         return read_openai_folder(path, n_head)
     refuse_pickles(path)
+    if manifest.folders(manifest.root_of(path)):
+        raise ConfigError(f"{path} is a model of MegaGPT's already; --from and --init_from take it as it is")
     fault = "is neither" if path.exists() else "does not exist; give"
     raise CheckpointError(
         f"{path} {fault} a folder of Hugging Face's, with {CONFIG}, {'nor' if path.exists() else 'or'} one of OpenAI's "

@@ -86,6 +86,12 @@ def open_to_others(address: str, port: int, key: bytes | None) -> str | None:
     )
 
 
+def model_name(named: str) -> str:
+    """The name of the folder that ``named`` is, or lies in where it is a file."""
+    path = Path(named).resolve()
+    return path.parent.name if path.is_file() else path.name
+
+
 def _service(settings: ServeSettings, source, tokenizer, key: bytes | None, local: bool):
     from megagpt.model.generate import Generation
     from megagpt.serve.app import Service
@@ -97,7 +103,7 @@ def _service(settings: ServeSettings, source, tokenizer, key: bytes | None, loca
         source.build(dtype=settings.dtype), max_texts=settings.batch_size, vocab_size=tokenizer.vocab_size
     )
     return Service(
-        name=settings.name or Path(settings.from_).resolve().name,
+        name=settings.name or model_name(settings.from_),
         tokenizer=tokenizer,
         worker=Worker(generation, settings.max_requests),
         limits=Limits(
