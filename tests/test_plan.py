@@ -17,6 +17,7 @@ from megagpt.errors import ConfigError
 from megagpt.model.config import GPTConfig
 from megagpt.tools.plan import plan_main, wall_seconds
 from megagpt.tools.plan_hardware import GPUS
+from megagpt.tools.plan_measure import Measured
 from megagpt.tools.plan_memory import Layout, memory
 from megagpt.tools.plan_model import parameters
 from megagpt.tools.plan_time import step_time
@@ -319,6 +320,13 @@ def test_a_measured_step_corrects_the_computation_alone(tmp_path, capsys):
         )
     assert after["recommended"]["seconds"]["update"] == before["recommended"]["seconds"]["update"]
     assert after["measured"]["blocks"] == [2, 4]
+    import torch
+
+    gpu = torch.cuda.is_available()  # it was measured on "cpu_cores, gpus, cuda"
+    assert after["measured"]["device"] == (torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()} cores of a CPU")
+    told = list(Measured(**after["measured"]).lines())
+    assert len(told) == (1 if gpu else 2)
+    assert gpu or told[1].startswith("warning: there is no GPU here")
 
 
 def test_a_table_larger_than_a_bucket_counts_as_one():

@@ -27,6 +27,7 @@ from megagpt.tools.slurm_script import HOME
 WARM, TIMED = 4, 8  # steps
 _PATIENCE = 900.0  # seconds for one of the runs
 _STAGE = 1
+_CPU = "cores of a CPU"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Measured:
             f"measured on {self.device}: {runs}; a micro-step of the whole model then takes {self.measured:.4g} s, "
             f"estimated {self.estimated:.4g} s: computation is corrected by {self.correction:.3g}"
         )
+        if self.device.endswith(_CPU):
+            yield "warning: there is no GPU here: what follows is planned for GPUs as slow as this CPU"
 
 
 def measure(plan) -> Measured:
@@ -131,9 +134,9 @@ def _steps(metrics: Path, process: subprocess.Popen) -> list[float] | None:
 
 
 def _device(run_dir: Path) -> str:
-    """The device that run.json names."""
+    """The GPU that run.json names, or the CPU's cores."""
     try:
         found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["device"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return found["gpus"][0] if found["gpus"] else f"{found['cpu_cores']} {_CPU}"
+    except (OSError, ValueError, LookupError, TypeError):
         return "this machine"
-    return found if isinstance(found, str) else ", ".join(map(str, found)) or "this machine"
