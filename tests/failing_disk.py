@@ -21,9 +21,8 @@ def _open(path, mode: str = "r", buffering: int = -1, encoding: str | None = Non
     if mode not in ("w", "wb"):
         return open(path, mode, buffering, encoding)
     file = _File(path, "w")
-    if buffering == 0:
-        return file
-    return io.TextIOWrapper(io.BufferedWriter(file), encoding=encoding)
+    buffered = file if buffering == 0 else io.BufferedWriter(file)
+    return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding=encoding)
 
 
 class FailingDisk:
@@ -40,10 +39,11 @@ class FailingDisk:
 
     def insert(self, root: Path) -> None:
         """Stand between this process and ``root`` from now on; there is no way back."""
+        from megagpt.data import storage
         from megagpt.train import faults, manifest, writer
 
         if not self.root:
-            writer.open = manifest.open = _open
+            storage.open = writer.open = manifest.open = _open
             self._fsync, self._point = os.fsync, faults.point
             os.fsync, faults.point = self._sync, self._passed
             sys.addaudithook(self._hear)

@@ -18,10 +18,11 @@ from megagpt.train import manifest
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 # What is written depends on the stage of ZeRO: of all kinds of runs one of each stage is taken, or fewer.
 AT_ONCE, IN_BACKGROUND = ("zero0_fp32", "zero1_bf16", "zero2_fp16", "zero3_bf16"), ("zero2_fp16", "zero3_bf16")
+TOLD = "told, the run goes on"
 
 
-def writes(home: Path, configs: list[str], most: int = 10**9, background: bool = False) -> Iterator[str]:
-    """Saves on two ranks, of which the first ``most`` operations fail, one after the other; a line a case."""
+def writes(home: Path, configs: list[str], most: int | None = None, background: bool = False) -> Iterator[str]:
+    """Saves on two ranks, of which the first ``most`` operations, or all, fail one after the other; a line a case."""
     more = ["--async_save"] if background else []
     flags = {"max_steps": 10**6, "schedule": "warmup_constant", "keep_last": 2}
     taken = IN_BACKGROUND if background else AT_ONCE
@@ -33,7 +34,10 @@ def writes(home: Path, configs: list[str], most: int = 10**9, background: bool =
         assert f"{config} is done" in told, told[-3000:]
         lines = re.findall(rf"^{config}: (rank \d operation .*)$", told, re.MULTILINE)
         yield from (f"{config}: {line}" for line in lines)
-        failing = [tuple(map(int, re.findall(r"\d+", line)[:2])) for line in lines if "told" in line]
+        for part in ("model_states.pt", "rng_rank_1.pt", manifest.STATE, manifest.MANIFEST, manifest.LATEST):
+            written = any(" write " in line and part in line for line in lines)
+            assert written or most, f"{config}: nobody has seen how {part} is written"
+        failing = [tuple(map(int, re.findall(r"\d+", line)[:2])) for line in lines if TOLD in line]
         for i, error in enumerate(ERRORS):
             rank, number = failing[i * (len(failing) - 1) // (len(ERRORS) - 1)]
             name = f"{config}: rank {rank} operation {number} fails for ever with {error}"
@@ -59,7 +63,7 @@ def words(error: str) -> str:
 # in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def fail_each(name: str, loop, *, most: int, background: bool) -> None:
+def fail_each(name: str, loop, *, most: int | None, background: bool) -> None:
     """Train with a save at each step, in which one operation after the other of either rank fails.
 
     First it fails with ENOSPC in a save and when that is tried again, then once with another error in the next save.
@@ -67,19 +71,17 @@ def fail_each(name: str, loop, *, most: int, background: bool) -> None:
     """
     trial, errors = _Trial(loop), itertools.cycle(ERRORS if background else ERRORS[1:])
     for victim in range(2):
-        for number in range(1, most + 1):
+        for number in range(1, (most or 10**9) + 1):
             error = next(errors) if background else "ENOSPC"
             refused = trial.step(victim, number, error, times=1 if background else 2)
             if not refused:
                 break
-            given_up = trial.check(refused, error)
-            outcome = "told, the run goes on" if given_up else "done without"
+            outcome = trial.check(refused, error)
             if background:
                 trial.check(trial.step(victim, 0, error, times=0), error)
             else:
                 once = next(errors)
-                trial.check(trial.step(victim, number, once, times=1), once)
-                outcome += f"; {once} once: {'tried again' if trial.failed else 'done without'}"
+                outcome += f"; {once} once: {trial.check(trial.step(victim, number, once, times=1), once)}"
             print(f"{name}: rank {victim} operation {number} of a save, {refused[0]}: {outcome}")
 
 
@@ -96,7 +98,7 @@ class _Trial:
 
     def __init__(self, loop) -> None:
         DISK.insert(loop.root)
-        self.loop, self.said, self.failed = loop, [], []
+        self.loop, self.said = loop, []
         say = loop.saver._say
         loop.saver._say = lambda text: (self.said.append(text), say(text))
         loop.advance()
@@ -110,8 +112,8 @@ class _Trial:
         self.loop.saver.settle()
         return dist.gather_json(DISK.refused)[victim]
 
-    def check(self, refused: list[str], error: str) -> bool:
-        """Whether the save was given up. Fails where what was said or what is on disk is not as it should be.
+    def check(self, refused: list[str], error: str) -> str:
+        """What became of the save. Fails where what was said or what is on disk is not as it should be.
 
         What is part of the checkpoint cannot be done without. Two threads write its files: the same number is not
         always the same operation.
@@ -119,13 +121,13 @@ class _Trial:
         step, root = self.loop.state.step, self.loop.root
         what = f"step {step}, {error} at {refused}, said {self.said}"
         needed = [operation for operation in refused if f".tmp-{manifest.tag_name(step)}" in operation]
-        self.failed = [line for line in self.said if f"checkpoint of step {step} failed" in line]
-        assert all(words(error) in line for line in self.failed), what
-        assert len(needed) <= len(self.failed) <= len(refused), what
-        given_up = any("failed, going on: " in line for line in self.failed)
+        failed = [line for line in self.said if f"checkpoint of step {step} failed" in line]
+        assert all(words(error) in line for line in failed), what
+        assert len(needed) <= len(failed) <= len(refused), what
+        given_up = any("failed, going on: " in line for line in failed)
         self.good = self.good if given_up else step
         if dist.is_main():
             problem = manifest.problem(root / manifest.tag_name(self.good))
             assert problem is None, f"{what}: global_step{self.good}: {problem}"
             assert not list(root.glob(".*")), f"{what}: left over: {list(root.glob('.*'))}"
-        return given_up
+        return TOLD if given_up else "tried again" if failed else "done without"
