@@ -20,7 +20,7 @@ help:
 	@echo "make slurm-test   start a Slurm of two nodes on this machine and test the batch scripts on it"
 	@echo "make slurm-soak   every way in which Slurm stops a job, in half an hour"
 	@echo "make chaos N=50   kill small runs 50 times and compare what comes out, bit for bit"
-	@echo "make soak         disturb one long run in every way, every six seconds, for about an hour"
+	@echo "make soak         disturb one long run in every way, every six seconds, for more than an hour"
 	@echo "make fault-matrix   resume, other numbers of ranks, a failing disk and NaN in every ZeRO stage and precision"
 	@echo "make power-loss   replay what a loss of power can leave of small runs' checkpoints"
 	@echo "make corruption N=20000   damage checkpoints 20,000 times and see that it is found"

@@ -1,6 +1,6 @@
 """One long run that is disturbed in every way at random moments; what has to come out is the run that nobody disturbed.
 
-    python tests/soak.py [--steps 12000] [--every 6] [--seed 0]
+    python tests/soak.py [--steps 18000] [--every 4] [--seed 0]
 
 Two ranks under ZeRO-2 in bf16 are killed, told to stop, interrupted, frozen, left with a damaged newest checkpoint or
 with a disk that refuses a write, about every six seconds, until the run has reached its last step. Every start has to
@@ -145,8 +145,8 @@ class Soak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--every", type=float, default=6.0, help="mean seconds of training between faults")
+    parser.add_argument("--steps", type=int, default=18000)
+    parser.add_argument("--every", type=float, default=4.0, help="mean seconds of training between faults")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     begun = time.monotonic()
