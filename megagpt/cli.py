@@ -56,6 +56,8 @@ def _run(args: list[str]) -> int:
         print(f"megagpt {__version__}")
         return 0
     if command not in COMMANDS:
+        if nearest(command[:80], ["train"]):
+            raise ConfigError("megagpt has no command train: deepspeed train.py ... trains, or python train.py ...")
         raise ConfigError(f"unknown command {command[:80]!r}{nearest(command[:80], COMMANDS)}; see megagpt --help")
     module, function, _ = COMMANDS[command]
     if hasattr(sys.stdout, "reconfigure"):

@@ -58,6 +58,8 @@ def test_a_slip_in_a_command_is_answered_with_the_nearest(capsys):
     assert main(["prepar"]) == 2
     shown = capsys.readouterr().err
     assert shown == "error: unknown command 'prepar' (did you mean 'prepare'?); see megagpt --help\n"
+    assert main(["train"]) == 2
+    assert "deepspeed train.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])

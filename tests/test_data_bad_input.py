@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from data_common import documents_of, prepare
 
+from megagpt.data import job
+
 
 def bad_input(tmp_path: Path, name: str) -> list[str]:
     """The flags of a command that has to be refused, its files made in ``tmp_path``."""
@@ -80,6 +82,23 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(tmp_path, tokeni
     assert re.search(message, errors), errors
     assert errors.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_one_document_is_not_split_and_that_is_told_before_it_is_read(tmp_path, monkeypatch, capsys):
+    """A book of its own is what many begin with: all of it was tokenised first."""
+    (tmp_path / "book.txt").write_text("one\n\ntwo\n\nthree\n" * 9)
+    args = ("--input", tmp_path / "book.txt", "--tokenizer", "train:300", "--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.Job, "run", None)
+        assert prepare(*args, "--valid_fraction", "0.3") == 2
+    assert "book.txt is one document" in capsys.readouterr().err
+    assert prepare(*args, "--valid_fraction", "0.3", "--document", "paragraph") == 0
+
+
+def test_a_text_too_small_for_the_vocabulary_asked_for_is_told(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("one two three")
+    assert prepare("--input", tmp_path, "--tokenizer", "train:3000", "--output", tmp_path / "out") == 0
+    assert re.search(r"no more than 2\d\d tokens, of the 3,000 asked for", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

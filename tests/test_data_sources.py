@@ -26,7 +26,11 @@ def test_inputs_that_name_nothing_are_refused(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             find([text], "auto", by_line=False)
-    (tmp_path / "empty.txt").unlink()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "empty.txt").rename(tmp_path / "alone" / "empty.txt")
+    with pytest.raises(DataError, match=r"alone/empty\.txt: the file is empty"):  # of a folder the file is named
+        find([str(tmp_path / "alone")], "auto", by_line=False)
+    (tmp_path / "alone" / "empty.txt").unlink()
     with pytest.raises(DataError, match="no file in this folder ends in"):
         find([str(tmp_path)], "auto", by_line=False)
 

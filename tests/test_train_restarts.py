@@ -32,12 +32,13 @@ def test_steps_lost_downtime_and_goodput(tmp_path, monkeypatch):
     now = 1160.0
     restarts.begin(tmp_path, 25, None, {})
     now = 1200.0
-    assert restarts.figures(tmp_path, 120.0) == {
-        "starts": 3,
-        "steps_lost": 7,
-        "downtime_seconds": 40.0,
-        "goodput": 0.6,
-    }
+    expected = {"starts": 3, "steps_lost": 7, "downtime_seconds": 40.0, "goodput": 0.6}
+    assert restarts.figures(tmp_path, 120.0, 40) == expected
+    logged(tmp_path, 1, 10, 25, 40, at=1200.0)
+    for _ in range(2):  # the finished run is started again: nothing was lost meanwhile
+        now += 3600.0
+        restarts.begin(tmp_path, 40, None, {})
+        assert restarts.figures(tmp_path, 120.0, 40) == expected
 
 
 @pytest.mark.parametrize(("limit", "env", "allowed"), [(None, REQUEUED, 3), (2, {}, 2), (2, REQUEUED, 2)])

@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from megagpt import dist
 from megagpt.config.flags import parse_flags
+from megagpt.data.bpe import parse_training
 from megagpt.data.info import CorpusInfo
 from megagpt.data.manage import describe, merge, parts_of, verify
 from megagpt.data.prepare import PrepareSettings, prepare
@@ -48,6 +49,9 @@ def prepare_main(argv: list[str] | None = None) -> int:
 def _prepare(settings: PrepareSettings) -> None:
     for prefix, info in prepare(settings).items():
         print(_line(prefix, info))
+    training = parse_training(settings.tokenizer)
+    if training and info.vocab_size < training.vocab_size:
+        print(f"the text gave no more than {info.vocab_size:,} tokens, of the {training.vocab_size:,} asked for")
     for reason, n in info.settings["skipped"].items():
         print(f"skipped: {n:,} {reason}")
     for example in info.settings["skipped_examples"]:

@@ -14,7 +14,7 @@ from megagpt.data import stdlib_corpus
 from megagpt.data.info import CorpusInfo
 from megagpt.data.sources import Source, find, shard
 from megagpt.data.writer import check_output
-from megagpt.errors import ConfigError, nearest
+from megagpt.errors import ConfigError, DataError, nearest
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def prepare(settings: PrepareSettings) -> dict[str, CorpusInfo]:
     i, n = _check(settings)
     everything = _sources(settings)
     sources = everything if n == 1 else shard(everything, i, n)
+    _check_split(settings, everything)
     suffix = "" if n == 1 else f"-{i}-of-{n}"
     job = Job(settings, suffix, sources, everything)
     if (done := job.already_done()) is not None:
@@ -94,6 +95,15 @@ def _check(settings: PrepareSettings) -> tuple[int, int]:
         )
     check_output(settings.output)
     return int(found[1]), int(found[2])
+
+
+def _check_split(settings: PrepareSettings, sources: list[Source]) -> None:
+    """Raise DataError for a single document that is to be split, before it is read."""
+    if settings.valid_fraction and settings.document == "file" and [source.format for source in sources] == ["txt"]:
+        raise DataError(
+            f"{sources[0].path} is one document, and --valid_fraction splits whole documents; make more of the text "
+            "with --document paragraph or line"
+        )
 
 
 def _sources(settings: PrepareSettings) -> list[Source]:

@@ -54,8 +54,9 @@ def find(inputs: list[str], format: str, *, by_line: bool) -> list[Source]:
             paths.setdefault(os.path.abspath(path), path)
     sources = [_source(path, format, by_line) for path in paths.values()]
     if not any(source.size for source in sources):
-        counted = "the file is" if len(sources) == 1 else f"{len(sources):,} files, all of them"
-        raise DataError(f"--input {' '.join(inputs)}: {counted} empty")
+        if len(sources) == 1:
+            raise DataError(f"--input {sources[0].path}: the file is empty")
+        raise DataError(f"--input {' '.join(inputs)}: {len(sources):,} files, all of them empty")
     return [source for source in sources if source.size]
 
 

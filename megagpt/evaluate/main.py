@@ -122,9 +122,11 @@ class _Writer:
         answers = self._answers(texts)  # which reads the weights: what is wrong with them does not follow the prompt
         if len(texts) == 1 and self.preset.sentences is None:
             print(begin, end="", flush=True)
-            for _, piece in answers:
-                print(piece, end="", flush=True)
-            print(flush=True)
+            try:
+                for _, piece in answers:
+                    print(piece, end="", flush=True)
+            finally:  # of Ctrl-C too: what the shell says next begins a line
+                print(flush=True)
             return
         completions = {completion.tokens: completion for completion, _ in answers}
         for text in texts:

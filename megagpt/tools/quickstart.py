@@ -98,7 +98,9 @@ validation loss   {before["loss"]:.3f} before training, {after["loss"]:.3f} afte
 bits per byte     {before["bits_per_byte"]:.3f} before training, {after["bits_per_byte"]:.3f} after
 speed             {summary["tokens_per_s"]:,.0f} tokens/s
 run folder        {run_dir} (summary.md, loss.png, metrics.jsonl, checkpoints)
-TensorBoard       tensorboard --logdir {run_dir}"""
+TensorBoard       tensorboard --logdir {run_dir}
+more text         source .venv/bin/activate; megagpt generate --from {run_dir} --prompt "def "
+your own text     README.md"""
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def write_summary(run_dir: Path, summary: dict) -> dict:
     records = metrics.read(run_dir / metrics.NAME)
     picture, problem = plot_losses(records, run_dir / "loss.png")
     found = summarize(records)
-    cost = restarts.figures(run_dir, found.get("all_starts_step_seconds", 0.0))
+    cost = restarts.figures(run_dir, found.get("all_starts_step_seconds", 0.0), found["steps"])
     whole = {**summary, **found, **cost, "loss_curve": picture or f"not drawn: {problem}"}
     _write(run_dir / SUMMARY, json.dumps(whole, indent=1, default=str) + "\n")
     _write(run_dir / "summary.md", to_markdown(run_dir.name, whole, picture))

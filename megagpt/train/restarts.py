@@ -61,18 +61,20 @@ def _close(start: dict, run_dir: Path) -> None:
     start["reached"], start["ended"] = max(reached, start["step"]), max(heard, start["began"])
 
 
-def figures(run_dir: Path, step_seconds: float) -> dict:
-    """What the restarts cost, at the end of the run.
+def figures(run_dir: Path, step_seconds: float, steps: int) -> dict:
+    """What the restarts cost, at the end of a run of ``steps``.
 
     ``steps_lost`` were computed twice; ``downtime_seconds`` lie between the last word of one start and the beginning of
     the next; ``goodput`` is the part of the time since the first start that went into steps that count, of which there
-    are ``step_seconds``.
+    are ``step_seconds``. A start that found all steps done is none: the run had ended before.
     """
     starts = read(run_dir)
     if not starts:
         return {}
+    while len(starts) > 1 and steps and starts[-1]["step"] == steps:
+        starts.pop()
     pairs = list(itertools.pairwise(starts))
-    wall = max(time.time() - starts[0]["began"], 1e-9)
+    wall = max(starts[-1].get("ended", time.time()) - starts[0]["began"], 1e-9)
     return {
         "starts": len(starts),
         "steps_lost": sum(max(0, a.get("reached", b["step"]) - b["step"]) for a, b in pairs),
