@@ -13,7 +13,7 @@ from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.evaluate.main import generate_main
 from megagpt.evaluate.prompts import PRESETS, first_sentences
 from megagpt.evaluate.source import find_tokenizer
-from megagpt.evaluate.text import TextStream
+from megagpt.evaluate.text import TextStream, complete
 from megagpt.model.config import GPTConfig
 from megagpt.model.gpt import GPT
 from megagpt.ops import load_ops
@@ -53,6 +53,21 @@ def test_the_text_begins_with_the_prompt_and_goes_on(run, capsys):
     text = generated(capsys, "--from", run, "--prompt", "It was", "--max_tokens", "30")
     assert text.startswith("It was")
     assert len(text) > len("It was\n")
+
+
+def test_an_interrupted_text_ends_its_line(run, capsys, monkeypatch):
+    """What the shell says next stood behind the text."""
+
+    def interrupted(*arguments):
+        yield next(complete(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megagpt.evaluate.text.complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_main(["--from", str(run), "--prompt", "It was", "--max_tokens", "9"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("It was")
+    assert shown.endswith("\n")
 
 
 def streamed(tokenizer, prompt, new, stop=()):

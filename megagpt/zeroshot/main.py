@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +153,7 @@ def _checkpoints(settings: ZeroshotSettings, sources: list[Source], read: _Read,
     # A run that goes on saves and deletes meanwhile: rank 0 says which, and one that is gone at its turn is told.
     for path in dist.gather_json([str(source.path) for source in sources])[0]:
         try:
-            source = dist.everywhere(lambda: open_source(path, tokenizer=settings.tokenizer)).settled()  # noqa: B023
+            source = dist.everywhere(partial(open_source, path, tokenizer=settings.tokenizer)).settled()
         except CheckpointError as error:
             _say(f"skipped checkpoint {Path(path).name}: {error}")
             continue
