@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 
 import pytest
 from distributed import run_ranks
@@ -142,6 +143,26 @@ def test_a_latest_that_cannot_be_written_leaves_nothing_hidden(tmp_path, monkeyp
     with pytest.raises(OSError, match="Input/output error"):
         manifest.write_latest(tmp_path, 5)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_fsync_of_folders_takes_checkpoints_and_one_that_loses_bytes_does_not(tmp_path, monkeypatch):
+    """Some network disks answer the fsync of a folder with EINVAL, as POSIX allows."""
+    fsync, refused = os.fsync, {True}
+
+    def partly(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode) in refused:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", partly)
+    assert manifest.problem(make(tmp_path, 3)) is None
+    manifest.write_latest(tmp_path, 3)
+    refused.add(False)
+    with pytest.raises(OSError, match="Invalid argument"):
+        make(tmp_path, 5)
+    with pytest.raises(OSError, match="Invalid argument"):
+        storage.sync_path(tmp_path / "latest")
+    assert [folder.name for folder in manifest.folders(tmp_path)] == ["global_step3"]
 
 
 @pytest.mark.parametrize(
